@@ -1,0 +1,216 @@
+"""Configuration: a TOML recipe becomes frozen dataclasses, and every mistake one clear sentence.
+
+A recipe's first table is `[run]` (name, seed, device, threads, precision); each further table is a stage, in the order
+of the pipeline. A table may name its stage with `stage = "..."` when one stage is used twice, or when the stage is
+code of your own (`stage = "my_package.my_stage"`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A foreseeable mistake: one sentence that names the thing and the way out; no traceback is shown for it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe or an option is wrong."""
+
+
+class Waiting(UserError):
+    """The pipeline stopped because people have work to do (rankings to give), not because anything is wrong."""
+
+    exit_code = 3
+
+
+class Stopped(UserError):
+    """A signal stopped the work; what is finished is kept and the same command goes on from there."""
+
+    def __init__(self, number: int, what: str) -> None:
+        """Say what was reached; the exit code is the shell's for signal `number`."""
+        super().__init__(f"stopped{what}; run the same command again to go on")
+        self.exit_code = 128 + number
+
+
+class DiskFull(UserError):
+    """A write failed for want of space; what was whole before still is."""
+
+    exit_code = 5
+
+
+Ref = Annotated[str, "ref"]
+"""An artifact: `"stage@latest"`, `"run_id"`, `"run_id@step"`, or the path of a Hugging Face model folder."""
+
+InputPath = Annotated[str, "input"]
+"""A file or folder of the user's (relative to the recipe), or `"module:attribute"` naming code that yields the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The `[run]` table: what all stages share."""
+
+    name: str = "run"
+    """Names the workspace, `runs/<name>`."""
+    seed: int = 0
+    """Every random choice of every stage follows from it."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes a GPU when there is one."""
+    threads: int = 0
+    """CPU threads; 0 means one per physical core this process may use."""
+    precision: str = "auto"
+    """`auto`, `fp32` or `bf16` (compute; master weights stay fp32). Auto: bf16 on CUDA and on CPUs with AMX."""
+    strict: bool = False
+    """Whether a malformed input line is fatal instead of counted."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no machine can do."""
+        one_of(self, precision=("auto", "fp32", "bf16"))
+        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One table of a recipe: its name, the stage it runs and its raw keys."""
+
+    table: str
+    stage: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A parsed recipe; paths in it are relative to `base`."""
+
+    path: Path
+    base: Path
+    settings: RunSettings
+    stages: tuple[StageSpec, ...] = field(default=())
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Return the recipe at `path`.
+
+    Raises ConfigError when it is missing, is not TOML, or holds an unknown key in `[run]`.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}; the shipped ones are in recipes/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not a TOML recipe: {error}") from None
+    loose = [key for key, value in tables.items() if not isinstance(value, dict)]
+    if loose:
+        raise ConfigError(f"{path}: {loose[0]!r} stands outside any table; move it under [run] or a stage")
+    settings = build(RunSettings, tables.pop("run", {}), where=f"{path} [run]")
+    stages = []
+    for table, values in tables.items():
+        values = dict(values)
+        stages.append(StageSpec(table=table, stage=str(values.pop("stage", table)), values=values))
+    if not stages:
+        raise ConfigError(f"{path} has no stage; add a table such as [pretrain]")
+    return Recipe(path=path, base=path.resolve().parent, settings=settings, stages=tuple(stages))
+
+
+def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Return a `cls` (a frozen dataclass) from plain values, nested tables included.
+
+    Raises ConfigError naming `where`, the key, the value and what would be right.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key {key!r}{suggest(key, names)}")
+        arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def suggest(word: str, known: typing.Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` when a known name is near, else the list of names."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    """Return `value` as the type that `hint` asks for, without guessing (a string never becomes a number)."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _convert(arguments[0], value, where=where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, where=where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where=where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, where=where) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(arguments[1], v, where=where) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or hint
+    if hint is not Any and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
+        name = getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{where} = {value!r}: expected {name}")
+    return value
+
+
+def bounds(config: object, **limits: tuple[float | None, float | None]) -> None:
+    """Raise ConfigError unless each named field lies within its (low, high); None leaves a side open."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            wanted = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+            raise ConfigError(f"{name} = {value!r}: must be {wanted}")
+
+
+def one_of(config: object, **choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless each named field is among its choices."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(allowed)}{suggest(str(value), allowed)}")
+
+
+def load_attribute(reference: str) -> Any:
+    """Return the object that `"module:attribute"` names.
+
+    Raises ConfigError when the module or the attribute is missing.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{reference}: cannot import {error.name!r}; is its package installed?") from None
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{reference}: {module_name} has no {attribute!r}{suggest(attribute, vars(module))}")
+    return getattr(module, attribute)
+
+
+def is_code(reference: str) -> bool:
+    """Tell whether a recipe's string names code (`module:attribute`) rather than a file or an artifact."""
+    module, _, attribute = reference.partition(":")
+    return bool(attribute) and attribute.isidentifier() and all(p.isidentifier() for p in module.split("."))

@@ -1,0 +1,355 @@
+"""A recipe, stage by stage: what is done is skipped, what was cut off resumes, what changed is redone with what needs it.
+
+A run's identity is its fingerprint (stage, config, parents, inputs, seed, settings, version), so "is it done?" is a look
+at a folder. Everything is checked before any work starts, and one process at a time owns a workspace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import shutil
+import signal
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from trivium.config import (
+    ConfigError,
+    DiskFull,
+    Recipe,
+    StageSpec,
+    Stopped,
+    UserError,
+    Waiting,
+    build,
+    is_code,
+    suggest,
+)
+from trivium.preferences.store import Store
+from trivium.records import RunManifest, sha256_file, to_dict
+from trivium.runs.manifest import (
+    Run,
+    code_version,
+    fingerprint,
+    host_facts,
+    now,
+    read_manifest,
+    write_manifest,
+)
+from trivium.runs.registry import latest_runs, resolve
+from trivium.training.distributed import setup
+
+STAGES = (
+    "data_prep",
+    "train_tokenizer",
+    "pretrain",
+    "sft",
+    "collect_comparisons",
+    "reward_model",
+    "ppo",
+    "dpo",
+    "grpo",
+    "constitutional_ai",
+    "evaluate",
+    "export",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One stage of a recipe with everything resolved, ready to be run, resumed or skipped."""
+
+    spec: StageSpec
+    module: ModuleType
+    config: Any
+    manifest: RunManifest
+    folder: Path
+
+
+def stage_module(name: str) -> ModuleType:
+    """Return the module of a stage: one of Trivium's own by name, or code of yours by its dotted path.
+
+    Raises ConfigError when there is none, or when it lacks `Config` or `run`.
+    """
+    own = name in STAGES
+    if not own and "." not in name and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"no stage {name!r}{suggest(name, STAGES)}")
+    try:
+        module = importlib.import_module(f"trivium.stages.{name}" if own else name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"stage {name!r}: cannot import {error.name!r}; is its package installed?") from None
+    for attribute in ("Config", "run"):
+        if not hasattr(module, attribute):
+            raise ConfigError(f"stage {name!r} has no {attribute!r}; docs/design.md section 5 shows the shape of a stage")
+    return module
+
+
+def configs(recipe: Recipe, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Return each table's validated Config; raises ConfigError naming the file, the table and the key."""
+    return {spec.table: _config(recipe, spec, (overrides or {}).get(spec.table, {})) for spec in recipe.stages}
+
+
+def _config(recipe: Recipe, spec: StageSpec, changes: Mapping[str, Any]) -> Any:
+    values = _merge(spec.values, changes)
+    return build(stage_module(spec.stage).Config, values, where=f"{recipe.path} [{spec.table}]")
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `changes` laid over them, nested tables merged key by key."""
+    merged = dict(values)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    workspace: Path | None = None,
+    only: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, RunManifest]:
+    """Run the recipe's stages in order and return the manifest of each table that is done.
+
+    `only` limits the work to these tables (their parents must be done). Raises UserError for every foreseeable
+    mistake, Waiting when people have rankings to give, Stopped on SIGTERM.
+    """
+    workspace = (workspace or Path("runs") / recipe.settings.name).resolve()
+    unknown = set(only) - {spec.table for spec in recipe.stages}
+    if unknown:
+        name = sorted(unknown)[0]
+        raise ConfigError(f"{recipe.path} has no table [{name}]{suggest(name, [s.table for s in recipe.stages])}")
+    validated = configs(recipe, overrides)
+    done: dict[str, RunManifest] = {}
+    with _lock(workspace), _terminating():
+        setup(recipe.settings)
+        for spec in recipe.stages:
+            if only and spec.table not in only:
+                continue
+            plan = make_plan(recipe, spec, validated[spec.table], workspace, {t: m.run_id for t, m in done.items()})
+            done[spec.table] = _carry_out(plan, recipe, workspace)
+    return done
+
+
+def make_plan(
+    recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, current: Mapping[str, str]
+) -> Plan:
+    """Return the plan of one stage: parents resolved, inputs hashed, fingerprint taken.
+
+    Raises ConfigError when a parent or an input is missing.
+    """
+    parents: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    for name, kind, value in _marked(config):
+        if kind == "ref":
+            parents[name] = resolve(workspace, value, base=recipe.base, current=dict(current))
+            inputs.update(_parent_inputs(workspace, name, parents[name]))
+        else:
+            inputs[value] = _hash_input(recipe, value, where=f"[{spec.table}] {name}")
+    settings = {"precision": recipe.settings.precision, "strict": recipe.settings.strict}
+    seed = recipe.settings.seed
+    facts = to_dict(config)
+    print_ = fingerprint(stage=spec.stage, config=facts, parents=parents, inputs=inputs, seed=seed, settings=settings)
+    run_id = f"{spec.table}-{print_[:12]}"
+    manifest = RunManifest(
+        run_id=run_id,
+        stage=spec.stage,
+        table=spec.table,
+        status="running",
+        fingerprint=print_,
+        config=facts,
+        parents=parents,
+        inputs=inputs,
+        settings=settings,
+        seed=seed,
+        code=code_version(),
+        host=host_facts(),
+        started_at=now(),
+    )
+    folder = workspace / spec.table / run_id
+    return Plan(spec=spec, module=stage_module(spec.stage), config=config, manifest=manifest, folder=folder)
+
+
+def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (field, "ref" or "input", value) for every Ref and InputPath of a Config; several in a field are numbered."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for item in fields(config):
+        value = getattr(config, item.name)
+        kind = _mark(hints[item.name])
+        if kind is None or not value:
+            continue
+        if isinstance(value, tuple):
+            yield from ((f"{prefix}{item.name}.{i}", kind, entry) for i, entry in enumerate(value))
+        else:
+            yield prefix + item.name, kind, value
+
+
+def _mark(hint: Any) -> str | None:
+    """Return the marker of `Ref`, `InputPath`, `tuple[Ref, ...]` or `Ref | None`, else None."""
+    metadata = getattr(hint, "__metadata__", ())
+    if metadata:
+        return str(metadata[0])
+    return next((mark for mark in map(_mark, typing.get_args(hint)) if mark), None)
+
+
+def _parent_inputs(workspace: Path, field: str, run_id: str) -> dict[str, str]:
+    """Return what a parent stands for beyond its fingerprint: judgements, which people add after it is done."""
+    manifest = read_manifest(workspace / run_id.rsplit("-", 1)[0] / run_id)
+    if manifest is None or "collection" not in manifest.summary:
+        return {}
+    store = Store(workspace / "preferences.db")
+    try:
+        return {f"judgements:{field}": store.digest(str(manifest.summary["collection"]))}
+    finally:
+        store.close()
+
+
+def _hash_input(recipe: Recipe, value: str, *, where: str) -> str:
+    """Return the SHA-256 of a user's file, of all files of a folder, or of the module that a code reference names."""
+    if value.startswith("hf:"):
+        return value
+    if is_code(value):
+        spec = importlib.util.find_spec(value.partition(":")[0])
+        if spec is None or spec.origin is None:
+            raise ConfigError(f"{recipe.path} {where} = {value!r}: no such module")
+        origin = Path(spec.origin)
+        paths = sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
+    else:
+        path = (recipe.base / Path(value).expanduser()).resolve()
+        if not path.exists():
+            raise ConfigError(f"{recipe.path} {where}: no file or folder {path}")
+        paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(f"{p.name} {sha256_file(p)}\n" for p in paths).encode()).hexdigest()
+
+
+def _carry_out(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
+    """Skip, resume or run one stage; says which and why."""
+    previous = read_manifest(plan.folder)
+    if previous is not None and previous.status == "done":
+        damage = _damage(plan.folder, previous)
+        if damage is None:
+            _say(f"{plan.spec.table}: done ({previous.run_id}), skipped")
+            return previous
+        _say(f"{plan.spec.table}: {damage}, so it runs again")
+        shutil.rmtree(plan.folder)
+    elif previous is not None and (plan.folder / "checkpoints").is_dir():
+        _say(f"{plan.spec.table}: was {previous.status}, resumes ({previous.run_id})")
+        plan = replace(plan, manifest=replace(plan.manifest, started_at=previous.started_at, cost=previous.cost))
+    else:
+        if plan.folder.exists():
+            shutil.rmtree(plan.folder)
+        _say(f"{plan.spec.table}: runs ({plan.manifest.run_id}), {_reason(plan, workspace)}")
+    return _execute(plan, recipe, workspace)
+
+
+def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
+    run = Run(plan.manifest, folder=plan.folder, workspace=workspace, settings=recipe.settings, base=recipe.base)
+    write_manifest(run.dir, run.manifest)
+    try:
+        plan.module.run(plan.config, run)
+    except Waiting as waiting:
+        run.finish("waiting", str(waiting))
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"{plan.spec.table}: no space left on the disk that holds {error.filename or run.dir}; "
+                "free some and run the same command again, what is finished is kept"
+            ) from error
+        raise
+    except UserError as error:
+        run.finish("failed", str(error))
+        raise
+    manifest = run.finish("done")
+    _say(f"{plan.spec.table}: done in {manifest.cost.seconds:.0f} s")
+    return manifest
+
+
+def _damage(folder: Path, manifest: RunManifest) -> str | None:
+    """Return what is wrong with a finished run's artifacts, or None."""
+    for artifact in manifest.artifacts:
+        path = folder / artifact.path
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != artifact.bytes or sha256_file(path) != artifact.sha256:
+            return f"{path} is not what the run wrote (its SHA-256 differs)"
+    return None
+
+
+def _reason(plan: Plan, workspace: Path) -> str:
+    """Return why a stage has to run: it is new, or what differs from its newest finished run."""
+    latest = latest_runs(workspace).get(plan.spec.table)
+    if latest is None:
+        return "for the first time"
+    old, new = latest[1], plan.manifest
+    changes: list[str] = []
+    for name, before, after in (
+        ("seed", {"seed": old.seed}, {"seed": new.seed}),
+        ("config", _flat(old.config), _flat(new.config)),
+        ("input", old.inputs, new.inputs),
+        ("parent", old.parents, new.parents),
+        ("setting", old.settings, new.settings),
+        ("version", {"version": old.code.get("version")}, {"version": new.code.get("version")}),
+    ):
+        for key in sorted(set(before) | set(after)):
+            was, is_ = before.get(key), after.get(key)
+            if was != is_:
+                changes.append(f"{name} {key} changed" if name == "input" else f"{name} {key}: {was} -> {is_}")
+    return "because " + ("; ".join(changes[:3]) or "its fingerprint changed")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            # A manifest read back from JSON holds lists where the dataclass holds tuples.
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+@contextlib.contextmanager
+def _lock(workspace: Path) -> Iterator[None]:
+    """Hold the workspace: two pipelines writing one would overwrite each other's runs."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    with (workspace / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another trivium process works in {workspace}; wait for it or name another --workspace"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Turn SIGTERM into Stopped, so that it leaves by the same door as Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise Stopped(signal.SIGTERM, " by SIGTERM")
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the embedding program owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

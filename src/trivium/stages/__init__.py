@@ -1,0 +1,1 @@
+"""The pipeline, one file a stage, one shape; none imports another."""

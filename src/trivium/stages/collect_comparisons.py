@@ -1,0 +1,208 @@
+"""Collecting comparisons: the SFT model writes K responses per prompt, and somebody ranks them.
+
+Reads   a chat model and prompts; or rankings that people gave elsewhere (`rankings`)
+Writes  tasks, completions and rankings into the workspace's preferences.db, under this run's id as collection
+Paper   Ouyang et al. 2022, arXiv 2203.02155, section 3.4 (K-way ranking)
+Watch   the annotators' agreement: no reward model can be expected to beat it
+
+Who ranks is `annotators`: people on the ranking page (the run waits for them), or code. What code ranks is stored with
+the kind that code declares, `ai` or `simulated`, never as `human`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from trivium.config import InputPath, Ref, UserError, Waiting, bounds, load_attribute
+from trivium.data.chat import render_prompt
+from trivium.data.sources import load_preferences, load_prompts
+from trivium.data.tokenizer import Tokenizer
+from trivium.evals.diversity import prompt_diversity
+from trivium.models.hf import load_model
+from trivium.preferences.agreement import summarise_agreement
+from trivium.preferences.store import Store
+from trivium.records import AnnotatorKind, Completion, Conversation, Ranking, from_dict, read_jsonl, to_dict, write_jsonl
+from trivium.runs.manifest import Run
+from trivium.training.distributed import device_of
+from trivium.training.rollout import SampleConfig, sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Who writes, who ranks, and how much."""
+
+    policy: Ref = "sft@latest"
+    """The chat model that writes the responses."""
+    prompts: tuple[InputPath, ...] = ()
+    """Files of prompts, or code that yields them."""
+    options: dict[str, int] = field(default_factory=dict)
+    """Passed to code in `prompts`."""
+    num_responses: int = 4
+    """K, responses per prompt; equal texts are shown once, so a task may hold fewer."""
+    annotators: str = "people"
+    """`people`, or `module:attribute` of code that returns annotators for a seed."""
+    overlap: int = 1
+    """How many annotators rank each prompt; above 1, agreement can be measured."""
+    rankings: tuple[InputPath, ...] = ()
+    """Files of rankings given elsewhere (pairs, K-way, several annotators), read in as human judgements."""
+    max_rankings: int = 0
+    """Read at most this many rankings from files; 0 means all."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    """How responses are sampled."""
+
+    def __post_init__(self) -> None:
+        """Refuse a task with nothing to compare."""
+        bounds(self, num_responses=(2, 8), overlap=(1, None), max_rankings=(0, None))
+
+
+class Annotator(Protocol):
+    """Anybody who ranks: a simulated annotator, an AI judge."""
+
+    name: str
+    kind: AnnotatorKind
+
+    def rank(self, prompt: Conversation, texts: Sequence[str], rng: np.random.Generator) -> list[list[int]]:
+        """Return groups of indices into `texts`, best first; a tie shares a group."""
+        ...
+
+
+def transform(annotator: Annotator, prompt: Conversation, completions: Sequence[Completion], rng: np.random.Generator) -> Ranking:
+    """Return the annotator's ranking of the completions, shown in a random order that is recorded."""
+    shown = [completions[i] for i in rng.permutation(len(completions))]
+    groups = annotator.rank(prompt, [c.text for c in shown], rng)
+    return Ranking(
+        prompt_id=prompt.id,
+        groups=tuple(tuple(shown[i].id for i in group) for group in groups),
+        annotator=annotator.name,
+        kind=annotator.kind,
+        order_shown=tuple(c.id for c in shown),
+    )
+
+
+def run(config: Config, run: Run) -> None:
+    """Fill the queue, let it be ranked, and measure the agreement."""
+    store = Store(run.workspace / "preferences.db")
+    try:
+        tasks = write_tasks(config, run) if config.prompts else []
+        store.add_tasks(run.id, tasks, overlap=config.overlap)
+        if config.rankings:
+            import_rankings(config, run, store)
+        if config.annotators != "people":
+            rank_by_code(config, run, store, tasks)
+        summarise(config, run, store)
+    finally:
+        store.close()
+
+
+Task = tuple[Conversation, list[Completion]]
+
+
+def write_tasks(config: Config, run: Run) -> list[Task]:
+    """Return each prompt with its distinct sampled completions; a second call returns the same from a file.
+
+    Raises UserError when there are no prompts.
+    """
+    path = run.dir / "checkpoints" / "tasks.jsonl"
+    if path.exists():
+        return [
+            (from_dict(Conversation, row["prompt"]), [from_dict(Completion, c) for c in row["completions"]])
+            for row in read_jsonl(path)
+        ]
+    prompts = list(
+        load_prompts(
+            config.prompts, base=run.base, seed=run.seed, options=config.options, strict=run.settings.strict,
+            quarantine=run.dir / "quarantine.jsonl",
+        )
+    )  # fmt: skip
+    if not prompts:
+        raise UserError(f"no prompts in {', '.join(config.prompts)}; each line needs a \"prompt\" or \"messages\"")
+    tokenizer = Tokenizer.load(run.model("policy"))
+    model = load_model(run.model("policy"), device=device_of(run.settings))
+    stop = frozenset({tokenizer.end_id, tokenizer.eos_id})
+    repeated = [prompt for prompt in prompts for _ in range(config.num_responses)]
+    encoded = [render_prompt(tokenizer, prompt) for prompt in repeated]
+    generated = sample(model, encoded, config.sampling, stop_ids=stop, seed=run.seed)
+    num_tokens = sum(len(g.token_ids) for g in generated)
+    run.spend(tokens=num_tokens, flops=model.config.flops_per_token(256) * (num_tokens + sum(map(len, encoded))))
+    policy = run.manifest.parents["policy"]
+    completions = [
+        Completion(
+            prompt_id=prompt.id, text=tokenizer.decode(g.token_ids), token_ids=tuple(g.token_ids),
+            logprobs=tuple(round(x, 6) for x in g.logprobs), policy=f"{policy}@final", finish_reason=g.finish_reason,
+        )
+        for prompt, g in zip(repeated, generated, strict=True)
+    ]  # fmt: skip
+    tasks: list[Task] = []
+    for start in range(0, len(repeated), config.num_responses):
+        distinct = {c.text: c for c in completions[start : start + config.num_responses] if c.text.strip()}
+        if len(distinct) > 1:
+            tasks.append((repeated[start], list(distinct.values())))
+    write_jsonl(path, ({"prompt": to_dict(p), "completions": [to_dict(c) for c in cs]} for p, cs in tasks))
+    return tasks
+
+
+def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) -> None:
+    """Store a ranking by `overlap` of the annotators for every task; who ranks what follows from the seed."""
+    annotators: list[Annotator] = list(load_attribute(config.annotators)(run.seed))
+    if len(annotators) < config.overlap:
+        raise UserError(f"overlap = {config.overlap}, but {config.annotators} has {len(annotators)} annotators")
+    with run.progress("ranking", len(tasks)) as advance:
+        for number, (prompt, completions) in enumerate(tasks):
+            rng = np.random.default_rng([run.seed, 11, number])
+            for index in rng.permutation(len(annotators))[: config.overlap]:
+                ranking = transform(annotators[index], prompt, completions, rng)
+                store.submit(ranking, run.id, idempotency_key=f"{run.id}/{prompt.id}/{ranking.annotator}")
+            advance()
+
+
+def import_rankings(config: Config, run: Run, store: Store) -> None:
+    """Store rankings that people gave elsewhere, each with its annotator and the kind human."""
+    rows = load_preferences(
+        config.rankings, base=run.base, seed=run.seed, options=config.options, strict=run.settings.strict,
+        quarantine=run.dir / "quarantine.jsonl",
+    )  # fmt: skip
+    pending: list[tuple[Task, Ranking]] = []
+    for number, (prompt, responses, groups, annotator) in enumerate(rows):
+        if config.max_rankings and number >= config.max_rankings:
+            break
+        completions = [Completion(prompt_id=prompt.id, text=text, policy="imported") for text in responses]
+        if len({c.id for c in completions}) < len(completions):
+            continue  # the same text twice cannot be compared with itself
+        placed = tuple(tuple(completions[i].id for i in group) for group in groups)
+        ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind="human")
+        pending.append(((prompt, completions), ranking))
+    store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
+    for _, ranking in pending:
+        store.submit(ranking, run.id, idempotency_key=f"{run.id}/{ranking.id}")
+
+
+def summarise(config: Config, run: Run, store: Store) -> None:
+    """Write counts, agreement and specimens; raises Waiting while people still have prompts to rank."""
+    rankings = store.rankings(run.id)
+    open_tasks = store.num_open(run.id)
+    run.note(collection=run.id)
+    if config.annotators == "people" and open_tasks:
+        raise Waiting(
+            f"{run.manifest.table}: {open_tasks} rankings to give; run "
+            f"`trivium rank --workspace {run.workspace}`, then run this recipe again"
+        )
+    for ranking in rankings[:20]:
+        texts = [[store.completion(identity).text for identity in group] for group in ranking.groups]
+        prompt = store.prompt(ranking.prompt_id).messages[-1].content
+        facts = {"prompt": prompt, "groups": texts, "annotator": ranking.annotator, "kind": ranking.kind}
+        run.specimen("ranking", facts)
+    kinds: dict[str, int] = {}
+    for ranking in rankings:
+        kinds[ranking.kind] = kinds.get(ranking.kind, 0) + 1
+    prompts = {ranking.prompt_id for ranking in rankings}
+    run.note(
+        kinds=kinds, num_prompts=len(prompts), num_rankings=len(rankings),
+        num_completions=len({c for r in rankings for g in r.groups for c in g}),
+        agreement=summarise_agreement(rankings, seed=run.seed),
+        prompt_diversity=prompt_diversity([store.prompt(p).messages[-1].content for p in sorted(prompts)]),
+        data={"name": ", ".join(config.prompts + config.rankings), "num_prompts": len(prompts)},
+    )  # fmt: skip

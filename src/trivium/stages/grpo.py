@@ -1,0 +1,218 @@
+"""Group-relative policy optimisation: the policy learns from rewards that can be checked, with no value model.
+
+Reads   a chat model (start and frozen reference) and prompts whose meta holds a check, or any reward function
+Writes  model/: a chat model
+Paper   Shao et al. 2024, arXiv 2402.03300; Liu et al. 2025, arXiv 2503.20783 (`scale = "none"`)
+Watch   rollout/reward rises; rollout/zero_variance_frac is the share of groups that teach nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
+from trivium.config import InputPath, Ref, bounds, load_attribute, one_of
+from trivium.data.loader import RowLoader
+from trivium.data.tokenizer import Tokenizer
+from trivium.losses.grpo import group_advantages, grpo
+from trivium.losses.logprobs import masked_sum, token_logprobs
+from trivium.models.generate import Generated
+from trivium.models.hf import load_model, save_model
+from trivium.models.transformer import Transformer
+from trivium.records import Completion
+from trivium.runs.events import read_metrics
+from trivium.runs.manifest import Run
+from trivium.training.checkpoint import resume, save_checkpoint
+from trivium.training.distributed import autocast, device_of
+from trivium.training.loop import graceful_stop, raise_if_stopped
+from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.rollout import PromptSet, SampleConfig, completion_logprobs, sample, to_tokens, token_columns
+from trivium.training.schedule import lr_scale
+from trivium.training.step import train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is rewarded, and how groups become gradients."""
+
+    policy: Ref = "sft@latest"
+    """Where the policy starts; frozen, it is the reference too."""
+    prompts: tuple[InputPath, ...] = ()
+    """Files of prompts, or code that yields them; `meta` (other columns) holds what the reward needs."""
+    options: dict[str, int] = field(default_factory=dict)
+    """Passed to code in `prompts`."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"trivium.rewards.verifiable:check_reward": 1.0})
+    """`module:attribute` of (prompts, completions) -> rewards, each with its weight."""
+    iterations: int = 40
+    """Rounds of sampling and updating."""
+    prompts_per_round: int = 16
+    """Different prompts in a round."""
+    group_size: int = 8
+    """Completions of each prompt."""
+    minibatches: int = 2
+    """Optimizer steps per round; one pass over its completions."""
+    scale: str = "std"
+    """`std` divides by the group's standard deviation; `none` is Dr. GRPO."""
+    beta: float = 0.02
+    """Weight of the KL to the reference (k3 times ratio, nats) in the loss."""
+    clip_range: float = 0.2
+    """How far the ratio of new to old probability may move before its gradient stops."""
+    save_every: int = 10
+    """Rounds between checkpoints."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.0))
+    """Optimizer."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    """How completions are sampled."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range; a group of one has no baseline."""
+        one_of(self, scale=("std", "none"))
+        bounds(self, iterations=(1, None), prompts_per_round=(1, None), group_size=(2, None), minibatches=(1, None))
+        bounds(self, beta=(0, None), clip_range=(1e-4, 1), save_every=(1, None))
+
+
+def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossOutput:
+    """Return the summed loss of a minibatch: the clipped ratio times the group's advantage, plus beta times KL."""
+    logits = policy.logits(policy(batch.tokens.input_ids, positions=batch.tokens.positions))
+    logprobs = token_logprobs(logits, batch.tokens.targets, config.sampling.temperature)
+    loss = grpo(
+        logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, config.clip_range, config.beta, batch.mask
+    )
+    return LossOutput(total=loss.sum())
+
+
+def run(config: Config, run: Run) -> None:
+    """Sample groups, check them, compare within the group, update; round after round."""
+    grpo = Trainer(config, run)
+    checkpoint = resume(run, modules=grpo.modules, optimizers=grpo.optimizers)
+    start = checkpoint.step if checkpoint else 0
+    with graceful_stop() as stop, run.progress("rounds", config.iterations - start) as advance:
+        for round_ in range(start, config.iterations):
+            rows, generated = grpo.sample(round_)
+            rewards = grpo.reward(rows, generated)
+            batch = grpo.shape(rows, generated, rewards)
+            loss = grpo.update(batch, round_)
+            grpo.record(batch, rows, generated, loss, round_ + 1)
+            advance(reward=float(rewards.mean()))
+            if stop.signal or (round_ + 1) % config.save_every == 0:
+                save_checkpoint(run, round_ + 1, modules=grpo.modules, optimizers=grpo.optimizers)
+            raise_if_stopped(stop, round_ + 1)
+    grpo.finish()
+
+
+class Trainer:
+    """Policy and reference, and what is done with them each round."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        """Load the models, the prompts and the rewards."""
+        self.config, self.run = config, run
+        device = device_of(run.settings)
+        folder = run.model("policy")
+        self.tokenizer = Tokenizer.load(folder)
+        self.policy = load_model(folder, device=device)
+        self.reference = load_model(folder, device=device).requires_grad_(False)
+        self.modules = {"policy": self.policy}
+        self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
+        self.rewards = [(load_attribute(name), weight) for name, weight in config.rewards.items()]
+        self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
+        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options)
+        self.loader = RowLoader(len(self.prompts), min(config.prompts_per_round, len(self.prompts)), run.seed)
+
+    def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
+        """Return the prompt of each completion (a group is consecutive) and the sampled completions."""
+        rows = [row for row in self.loader.rows(round_) for _ in range(self.config.group_size)]
+        encoded = [self.prompts.encoded[row] for row in rows]
+        seed = self.run.seed * 1_000_003 + round_
+        return rows, sample(self.policy, encoded, self.config.sampling, stop_ids=self.stop, seed=seed)
+
+    def reward(self, rows: Sequence[int], generated: Sequence[Generated]) -> Tensor:
+        """Return the weighted sum of the rewards, float [N]."""
+        prompts = [self.prompts.prompts[row] for row in rows]
+        completions = [
+            Completion(
+                prompt_id=prompt.id, text=self.tokenizer.decode(g.token_ids), token_ids=tuple(g.token_ids),
+                policy=self.run.id, finish_reason=g.finish_reason,
+            )
+            for prompt, g in zip(prompts, generated, strict=True)
+        ]  # fmt: skip
+        parts = [weight * torch.tensor(function(prompts, completions)) for function, weight in self.rewards]
+        return torch.stack([part.float() for part in parts]).sum(0)
+
+    def shape(self, rows: Sequence[int], generated: Sequence[Generated], rewards: Tensor) -> RolloutBatch:
+        """Return the round as tensors; every token of a completion carries the completion's advantage."""
+        device = next(self.policy.parameters()).device
+        prompts = [self.prompts.encoded[row] for row in rows]
+        tokens = to_device(to_tokens(prompts, [g.token_ids for g in generated], self.tokenizer.pad_id), device)
+        mask = tokens.targets != IGNORE
+        temperature = self.config.sampling.temperature
+        with autocast(self.run.settings):
+            old = completion_logprobs(self.policy, tokens, temperature=temperature)
+            reference = completion_logprobs(self.reference, tokens, temperature=temperature)
+        groups = torch.arange(len(rows)) // self.config.group_size
+        scale: Literal["std", "none"] = "std" if self.config.scale == "std" else "none"
+        advantages = group_advantages(rewards, groups, scale).to(device)
+        nothing = torch.zeros_like(old)
+        return RolloutBatch(
+            tokens=tokens, mask=mask, old_logprobs=old, ref_logprobs=reference, scores=rewards.to(device),
+            advantages=advantages.unsqueeze(-1) * mask, returns=nothing, values=nothing, rewards=nothing,
+        )  # fmt: skip
+
+    def update(self, batch: RolloutBatch, round_: int) -> float:
+        """Take one pass over the round, group by group, and return the mean loss per token."""
+        config = self.config
+        scale = lr_scale(config.optim.schedule, round_, config.iterations)
+        losses = []
+        groups = torch.arange(len(batch.scores)).view(-1, config.group_size)
+        generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
+        for part in torch.randperm(len(groups), generator=generator).chunk(config.minibatches):
+            rows = groups[part].flatten()
+            with autocast(self.run.settings):
+                step = partial(objective, self.policy, config)
+                losses.append(train_step(step, [select_rows(batch, rows)], self.optimizers["policy"], lr_scale=scale).loss)
+        num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
+        # Sampling, old and reference are one forward each, the update three.
+        self.run.spend(tokens=num_tokens, flops=6 * self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens)
+        return sum(losses) / len(losses)
+
+    def record(self, batch: RolloutBatch, rows: Sequence[int], generated: Sequence[Generated], loss: float, step: int) -> None:
+        """Log the round and keep a few of its completions."""
+        scores = batch.scores.view(-1, self.config.group_size)
+        figures = {
+            "rollout/reward": float(batch.scores.mean()),
+            "rollout/kl": float(masked_sum(batch.old_logprobs - batch.ref_logprobs, batch.mask).mean()),
+            "rollout/length": sum(len(g.token_ids) for g in generated) / len(generated),
+            "rollout/zero_variance_frac": float((scores.amax(1) == scores.amin(1)).float().mean()),
+            "train/loss": loss,
+        }
+        for name, value in figures.items():
+            self.run.metric(name, value, step)
+        for index in range(min(3, len(rows))):
+            text = self.tokenizer.decode(generated[index].token_ids)
+            facts = {"prompt": self.prompts.text(rows[index]), "text": text, "score": float(batch.scores[index])}
+            self.run.sample("rollout", facts, step)
+        if step % max(1, self.config.iterations // 20) == 0:
+            columns = token_columns(self.tokenizer, batch, 0, ("old_logprobs", "ref_logprobs", "advantages"))
+            columns["logprobs"] = columns.pop("old_logprobs")
+            self.run.specimen("rollout", {"prompt": self.prompts.text(rows[0]), "score": float(scores[0, 0])} | columns, step)
+
+    def finish(self) -> None:
+        """Save the policy and sum the run up."""
+        config, run = self.config, self.run
+        curves = read_metrics(run.dir)
+        for name, metric in (("reward", "rollout/reward"), ("kl", "rollout/kl")):
+            last = [value for _, value in curves[metric][-5:]]
+            run.result(f"rollout_{name}@1", name, sum(last) / len(last), n=len(last) * self.loader.batch_size * config.group_size)
+        completions = config.iterations * self.loader.batch_size * config.group_size
+        run.note(
+            steps=config.iterations * config.minibatches, rounds=config.iterations,
+            num_parameters=self.policy.config.num_parameters(),
+            data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
+        )  # fmt: skip
+        self.tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)

@@ -1,0 +1,163 @@
+"""Pre-training: a Transformer learns to predict the next token of clean text.
+
+Reads   the token shards and the tokenizer of a `train_tokenizer` run
+Writes  model/ (Hugging Face layout, tokenizer included): a raw base model
+Paper   Radford et al. 2019 (the objective); Touvron et al. 2023, arXiv 2302.13971 (the network);
+        Jordan et al. 2024 (Muon)
+Watch   train/loss and eval/bits_per_byte fall together; samples turn from noise to sentences
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from trivium.batches import LossOutput, TokenBatch, to_device
+from trivium.config import ConfigError, Ref, bounds
+from trivium.data.loader import PretrainLoader
+from trivium.data.shards import Shards, open_shards
+from trivium.data.tokenizer import Tokenizer
+from trivium.losses.cross_entropy import cross_entropy
+from trivium.models.config import ModelConfig
+from trivium.models.generate import generate
+from trivium.models.hf import save_model
+from trivium.models.transformer import Transformer
+from trivium.runs.manifest import Run
+from trivium.training.distributed import autocast, device_of, world
+from trivium.training.loop import FitConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on which text, for how long."""
+
+    corpus: Ref = "train_tokenizer@latest"
+    """The run whose shards and tokenizer are used."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key/value heads; fewer than `num_heads` is grouped-query attention."""
+    intermediate_size: int = 0
+    """Width inside SwiGLU; 0 means 8/3 of hidden_size, rounded up to a multiple of 32."""
+    qk_norm: bool = True
+    """Normalise queries and keys per head (the Qwen3 layout); off gives the Llama layout."""
+    attention_bias: bool = False
+    """Biases on q, k and v (the Qwen2 layout)."""
+    tie_embeddings: bool = True
+    """Share the embedding with the output layer."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    context: int = 256
+    """Tokens in a training row."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser (PaLM); 0 turns it off."""
+    prompts: tuple[str, ...] = ("Once upon a time", "The")
+    """Beginnings that are continued at each evaluation."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The training loop."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that no Transformer has."""
+        bounds(self, hidden_size=(8, None), num_layers=(1, None), num_heads=(1, None), num_kv_heads=(1, None), context=(8, None))
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} must divide by num_heads {self.num_heads}, and that by num_kv_heads {self.num_kv_heads}"
+            )
+
+
+def objective(model: Transformer, z_loss: float, batch: TokenBatch) -> LossOutput:
+    """Return the summed next-token cross-entropy (nats) of a packed batch; no token sees another document."""
+    hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
+    losses = cross_entropy(model.logits(hidden), batch.targets, z_loss=z_loss)
+    return LossOutput(total=losses.sum())
+
+
+def run(config: Config, run: Run) -> None:
+    """Train from random weights and save the base model."""
+    corpus = run.parent("corpus")
+    tokenizer = Tokenizer.load(corpus / "tokenizer")
+    train = open_shards(corpus / "shards" / "train", tokenizer.fingerprint)
+    heldout = open_shards(corpus / "shards" / "heldout", tokenizer.fingerprint)
+    device = device_of(run.settings)
+    model = Transformer(model_config(config, tokenizer))
+    model.init_weights(run.seed)
+    model.to(device)
+    loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
+    rank, size = world()
+
+    def batches(step: int) -> Sequence[TokenBatch]:
+        return split(to_device(loader.batch(step, rank, size), device), config.fit.micro_batch_size)
+
+    def evaluate(step: int) -> dict[str, float]:
+        for prompt in config.prompts:
+            run.sample("text", {"prompt": prompt, "text": continue_text(model, tokenizer, prompt)}, step)
+        return heldout_loss(run, model, heldout, config.context)
+
+    fit(
+        run, model, partial(objective, model, config.z_loss), batches, config.fit, evaluate=evaluate,
+        flops_per_item=3 * model.config.flops_per_token(config.context),
+        tokens_in=lambda parts: sum(part.input_ids.numel() for part in parts),
+    )  # fmt: skip
+    final = heldout_loss(run, model, heldout, config.context)
+    run.result("heldout@1", "bits_per_byte", final["eval/bits_per_byte"], n=heldout.num_tokens)
+    run.note(
+        steps=config.fit.steps, num_parameters=model.config.num_parameters(),
+        data={"name": "train_tokenizer shards", "num_documents": train.num_documents, "tokens": train.num_tokens},
+        epochs=config.fit.steps * config.fit.batch_size * config.context / max(1, train.num_tokens),
+    )  # fmt: skip
+    tokenizer.save(run.dir / "model")
+    save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
+
+
+def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the network's shape for this tokenizer."""
+    inner = config.intermediate_size or 32 * math.ceil(config.hidden_size * 8 / 3 / 32)
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=config.hidden_size, intermediate_size=inner,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, max_position_embeddings=max(config.context, 512),
+        rope_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings, qk_norm=config.qk_norm,
+        attention_bias=config.attention_bias, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+
+
+def split(batch: TokenBatch, rows: int) -> list[TokenBatch]:
+    """Return the batch as micro-batches of at most `rows` rows (0: in one piece)."""
+    from trivium.training.rollout import chunks
+
+    return [batch] if rows == 0 else list(chunks(batch, rows))
+
+
+def heldout_loss(run: Run, model: Transformer, heldout: Shards, context: int, rows: int = 32, limit: int = 8) -> dict[str, float]:
+    """Return loss (nats per token) and bits per byte on the first `limit` batches of the held-out documents."""
+    loader = PretrainLoader(heldout, context, rows, seed=0)
+    device = next(model.parameters()).device
+    loss = tokens = 0.0
+    model.eval()
+    with torch.no_grad(), autocast(run.settings):
+        for step in range(min(limit, max(1, loader.num_batches_per_epoch))):
+            batch = to_device(loader.batch(step), device)
+            loss += float(objective(model, 0.0, batch).total)
+            tokens += float(batch.num_items)
+    per_token = loss / max(tokens, 1)
+    bytes_per_token = heldout.num_bytes / max(1, heldout.num_tokens)
+    return {"eval/loss": per_token, "eval/bits_per_byte": per_token / math.log(2) / bytes_per_token}
+
+
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
+    """Return a sampled continuation of `prompt`, always with the same random numbers, so that steps compare."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    stop = frozenset({tokenizer.eos_id})
+    generated = generate(model, [ids], max_new_tokens=60, temperature=0.8, stop_ids=stop, seed=0)[0]
+    return tokenizer.decode(generated.token_ids)
+
+

@@ -1,0 +1,160 @@
+"""The reward model: a separate network with a scalar head learns the rankings.
+
+Reads   rankings from preferences.db (the collection of a collect_comparisons run); a chat model to start from
+Writes  model/: a sequence classifier with one label, and in its config the mean and deviation of its raw scores
+Paper   Ouyang et al. 2022, arXiv 2203.02155, equation 1: all pairs of a prompt in one batch, weighted 1/C(K,2)
+Watch   held-out accuracy beside the annotators' ceiling: how often one annotator foretells another
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trivium.batches import LossOutput, PreferenceBatch, to_device
+from trivium.config import Ref, bounds, one_of
+from trivium.data.collate import PreferenceGroup, collate_preferences
+from trivium.data.loader import RowLoader
+from trivium.data.tokenizer import Tokenizer
+from trivium.evals.stats import wilson_interval
+from trivium.losses.pairwise import bradley_terry, plackett_luce
+from trivium.models.heads import ScalarModel, score_at
+from trivium.models.hf import load_model, save_model
+from trivium.preferences.agreement import annotator_ceiling
+from trivium.preferences.store import Store
+from trivium.runs.manifest import Run
+from trivium.training.distributed import autocast, device_of, world
+from trivium.training.judgements import load_judgements
+from trivium.training.loop import FitConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which judgements, by which loss, from which weights."""
+
+    init: Ref = "sft@latest"
+    """The network whose weights are copied under the scalar head."""
+    comparisons: Ref = "collect_comparisons@latest"
+    """The run whose collection of rankings is learned."""
+    kinds: tuple[str, ...] = ()
+    """Only judgements of these kinds (human, ai, simulated); empty means all."""
+    loss: str = "bradley_terry"
+    """`bradley_terry` on derived pairs, or `plackett_luce` on the K-way rankings."""
+    heldout_frac: float = 0.2
+    """Fraction of the prompts kept for the held-out accuracy."""
+    context: int = 512
+    """Longest prompt with response, in tokens; groups with a longer one are left out and counted."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """The training loop; its items are ranked groups."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown loss."""
+        one_of(self, loss=("bradley_terry", "plackett_luce"))
+        bounds(self, heldout_frac=(0.01, 0.9), context=(8, None))
+
+
+def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
+    """Return the raw score of each completion, float [N]: the scalar at its last token."""
+    values = model(batch.tokens.input_ids, positions=batch.tokens.positions)
+    return score_at(values, batch.lengths)
+
+
+def objective(model: ScalarModel, loss: str, batch: PreferenceBatch) -> LossOutput:
+    """Return the summed ranking loss of a batch of groups; every prompt weighs 1 however many pairs it has."""
+    scores = scores_of(model, batch)
+    chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
+    if loss == "plackett_luce":
+        total = plackett_luce(scores, batch.ranks, batch.groups).sum()
+    else:
+        total = (bradley_terry(chosen, rejected) * batch.weights).sum()
+    return LossOutput(total=total, metrics={"accuracy": ((chosen > rejected) * batch.weights).sum()})
+
+
+def run(config: Config, run: Run) -> None:
+    """Train, calibrate and save the reward model; measure it on held-out prompts."""
+    tokenizer = Tokenizer.load(run.model("init"))
+    store = Store(run.workspace / "preferences.db")
+    try:
+        judgements = load_judgements(
+            store, run.parent("comparisons").name, tokenizer, kinds=config.kinds,
+            heldout_frac=config.heldout_frac, context=config.context,
+        )  # fmt: skip
+    finally:
+        store.close()
+    device = device_of(run.settings)
+    backbone = load_model(run.model("init"), device=device)
+    model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
+    train, heldout = judgements.train, judgements.heldout
+    loader = RowLoader(len(train), config.fit.batch_size, run.seed)
+    rank, size = world()
+
+    def batches(step: int) -> Sequence[PreferenceBatch]:
+        rows = loader.rows(step)[rank::size]
+        width = config.fit.micro_batch_size or len(rows)
+        return [
+            to_device(collate_preferences([train[r] for r in rows[i : i + width]], tokenizer.pad_id), device)
+            for i in range(0, len(rows), width)
+        ]
+
+    def evaluate(step: int) -> dict[str, float]:
+        right, pairs = count_right(run, model, heldout, tokenizer.pad_id)
+        return {"eval/accuracy": right / max(pairs, 1)}
+
+    fit(
+        run, model, partial(objective, model, config.loss), batches, config.fit, evaluate=evaluate,
+        flops_per_item=3 * backbone.config.flops_per_token(config.context),
+        tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
+    )  # fmt: skip
+    right, pairs = count_right(run, model, heldout, tokenizer.pad_id)
+    low, high = wilson_interval(right, pairs)
+    run.result("pairwise_accuracy@1", "accuracy", right / max(pairs, 1), low=low, high=high, n=pairs)
+    mean, std = calibrate(run, model, train, tokenizer.pad_id)
+    kinds = sorted({r.kind for r in judgements.train_rankings})
+    run.note(
+        steps=config.fit.steps, num_parameters=sum(p.numel() for p in model.parameters()), kinds=kinds,
+        data={
+            "name": run.parent("comparisons").name, "num_rankings": len(train),
+            "num_pairs": sum(len(collate_preferences([g], 0).pairs) for g in train),
+            "tokens": sum(len(g.prompt_ids) + len(c) for g in train for c in g.completion_ids),
+        },
+        num_heldout_rankings=len(heldout), dropped=judgements.dropped,
+        ceiling=annotator_ceiling(judgements.heldout_rankings, seed=run.seed),
+        reward_mean=mean, reward_std=std,
+    )  # fmt: skip
+    tokenizer.save(run.dir / "model")
+    save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
+
+
+def score_groups(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> list[tuple[PreferenceBatch, Tensor]]:
+    """Return batches of the groups with their raw scores, without gradients."""
+    device = next(model.parameters()).device
+    model.eval()
+    scored = []
+    with torch.no_grad(), autocast(run.settings):
+        for start in range(0, len(groups), 16):
+            batch = to_device(collate_preferences(list(groups[start : start + 16]), pad_id), device)
+            scored.append((batch, scores_of(model, batch).float().cpu()))
+    return scored
+
+
+def count_right(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[int, int]:
+    """Return (pairs ordered as the annotator did, pairs); equal scores count as wrong."""
+    right = pairs = 0
+    for batch, scores in score_groups(run, model, groups, pad_id):
+        chosen, rejected = scores[batch.pairs[:, 0].cpu()], scores[batch.pairs[:, 1].cpu()]
+        right += int((chosen > rejected).sum())
+        pairs += len(chosen)
+    return right, pairs
+
+
+def calibrate(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[float, float]:
+    """Return mean and standard deviation of the raw scores of what the SFT model wrote.
+
+    A reward of 0 then means "an ordinary SFT response", and the KL coefficient keeps its meaning across models.
+    """
+    scores = torch.cat([scores for _, scores in score_groups(run, model, groups, pad_id)])
+    return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)

@@ -1,0 +1,1 @@
+"""The machine: device, optimizers, the step, the loop, checkpoints and rollouts."""

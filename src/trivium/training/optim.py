@@ -1,0 +1,125 @@
+"""Optimizers: Muon for the matrices inside the network, AdamW for everything else.
+
+Every trainable parameter is in exactly one group; norms, biases, embeddings and output heads are never decayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trivium.config import bounds, one_of
+from trivium.training.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer settings; one learning rate serves both, because Muon's update is scaled to AdamW's RMS."""
+
+    kind: str = "muon"
+    """`muon` (Muon for hidden matrices, AdamW for the rest) or `adamw` for all."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    embedding_lr_scale: float = 1.0
+    """Factor on `lr` for everything AdamW trains beside Muon (embeddings, head, norms)."""
+    weight_decay: float = 0.1
+    """Decoupled decay of hidden matrices only."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment after bias correction."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    grad_clip: float = 1.0
+    """Global gradient norm above which the gradient is scaled down; 0 means never."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How the learning rate moves."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        one_of(self, kind=("muon", "adamw"))
+        bounds(self, lr=(0, None), weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), momentum=(0, 1), grad_clip=(0, None))
+
+
+def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Return the trainable parameters as `hidden` matrices, other `decayed`-free `rest`; each exactly once.
+
+    Hidden matrices are the 2-D weights of the blocks; embeddings, heads, norms and biases are the rest.
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            hidden = parameter.ndim == 2 and ".layers." in f".{name}"
+            groups["hidden" if hidden else "rest"].append((name, parameter))
+    return groups
+
+
+class Optimizer:
+    """One or two torch optimizers stepped as one, with a learning-rate factor per step."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        """Build the optimizers over the trainable parameters of `model`."""
+        self.config = config
+        groups = partition(model)
+        hidden = [p for _, p in groups["hidden"]]
+        rest = [p for _, p in groups["rest"]]
+        self.parameters = hidden + rest
+        betas = (config.beta1, config.beta2)
+        rest_lr = config.lr * config.embedding_lr_scale
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if hidden and config.kind == "muon":
+            muon = torch.optim.Muon(
+                hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )  # fmt: skip
+            self.optimizers.append(muon)
+        elif hidden:
+            self.optimizers.append(
+                torch.optim.AdamW(hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+            )
+        if rest:
+            self.optimizers.append(torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True))
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def step(self, lr_scale: float) -> None:
+        """Apply the gradients at `lr_scale` times the peak learning rates."""
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_scale
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def clip(self) -> Tensor:
+        """Return the global gradient norm (before clipping) and clip it to `grad_clip`."""
+        limit = self.config.grad_clip if self.config.grad_clip > 0 else float("inf")
+        return nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as flat named tensors, for a checkpoint."""
+        flat: dict[str, Tensor] = {}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, entry in optimizer.state_dict()["state"].items():
+                flat |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        return flat
+
+    def load_tensors(self, flat: dict[str, Tensor]) -> None:
+        """Take `tensors()` back."""
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under(flat, f"{number}."):
+                index, key = name.split(".", 1)
+                state.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(flat: dict[str, Tensor], prefix: str) -> Iterable[tuple[str, Tensor]]:
+    return ((name.removeprefix(prefix), value) for name, value in flat.items() if name.startswith(prefix))

@@ -1,0 +1,147 @@
+"""Rollouts: sampled completions as the tensors that the update needs.
+
+Token ids are the currency: what was sampled is what is scored and trained, never text encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trivium.batches import IGNORE, RolloutBatch, TokenBatch, select_rows
+from trivium.config import ConfigError, UserError, bounds
+from trivium.data.chat import render_prompt
+from trivium.data.sources import load_prompts
+from trivium.data.tokenizer import Tokenizer
+from trivium.losses.logprobs import token_logprobs
+from trivium.models.generate import Generated, generate
+from trivium.models.transformer import Transformer
+from trivium.records import Conversation
+from trivium.runs.manifest import Run
+
+
+class GenerateFn(Protocol):
+    """The seam for another generation engine: the built-in one is `trivium.models.generate.generate`."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stop_ids: frozenset[int],
+        seed: int,
+    ) -> list[Generated]:
+        """Return one completion per prompt, with the log-probabilities it was sampled with."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How completions are sampled; top-k and top-p are left out on purpose.
+
+    Truncating the distribution while training on it makes the ratio of policies wrong (trl#6789), so only the
+    temperature may be set, and log-probabilities everywhere are taken at it.
+    """
+
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse greedy decoding: a policy that explores nothing learns nothing."""
+        bounds(self, max_new_tokens=(1, None))
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature = {self.temperature}: must be above 0 (nothing is explored at 0)")
+
+
+class PromptSet:
+    """The prompts of a stage with their ids, as the generator wants them."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, specs: Sequence[str], options: Mapping[str, int]) -> None:
+        """Load and encode every prompt; raises UserError when there is none."""
+        self.prompts: list[Conversation] = list(
+            load_prompts(
+                specs, base=run.base, seed=run.seed, options=dict(options), strict=run.settings.strict,
+                quarantine=run.dir / "quarantine.jsonl",
+            )
+        )  # fmt: skip
+        if not self.prompts:
+            raise UserError(f'no prompts in {", ".join(specs) or "nothing"}; each line needs a "prompt" or "messages"')
+        self.encoded = [render_prompt(tokenizer, prompt) for prompt in self.prompts]
+
+    def __len__(self) -> int:
+        """Return how many prompts there are."""
+        return len(self.prompts)
+
+    def text(self, row: int) -> str:
+        """Return the last user message of a prompt, for people to look at."""
+        return self.prompts[row].messages[-1].content
+
+
+def sample(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    *,
+    stop_ids: frozenset[int],
+    seed: int,
+    generate_fn: GenerateFn = generate,
+) -> list[Generated]:
+    """Return one sampled completion per prompt; the model is in eval mode while it samples."""
+    model.eval()
+    with torch.no_grad():
+        return generate_fn(
+            model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            stop_ids=stop_ids, seed=seed,
+        )  # fmt: skip
+
+
+def to_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+    """Return prompt + completion rows [B, T], padded on the right, with targets on the completion tokens only.
+
+    Worked: prompt `[5, 6]`, completion `[7, 2]` gives input_ids `[5, 6, 7]` and targets `[IGNORE, 7, 2]`: the last
+    token of the completion is predicted but never read.
+    """
+    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)) - 1
+    input_ids = torch.full((len(prompts), longest), pad_id)
+    targets = torch.full((len(prompts), longest), IGNORE)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = torch.tensor([*prompt, *completion])
+        input_ids[row, : len(ids) - 1] = ids[:-1]
+        targets[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+    positions = torch.arange(longest).expand(len(prompts), longest)
+    return TokenBatch(input_ids=input_ids, targets=targets, positions=positions)
+
+
+def chunks(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
+    """Yield the batch in pieces of at most `size` rows."""
+    for rows in torch.arange(len(batch.input_ids)).split(size):
+        yield select_rows(batch, rows)
+
+
+def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: float = 1.0, rows: int = 32) -> Tensor:
+    """Return the log-probability (nats) of every target [B, T], zero where there is none; no gradient is kept."""
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            token_logprobs(model.logits(model(part.input_ids, positions=part.positions)), part.targets, temperature)
+            for part in chunks(tokens, rows)
+        ]
+    return torch.cat(parts)
+
+
+def token_columns(tokenizer: Tokenizer, batch: RolloutBatch, row: int, names: Sequence[str]) -> dict[str, list[object]]:
+    """Return one completion of a RolloutBatch token by token with the named columns: a specimen for the walkthrough."""
+    mask = batch.mask[row]
+    ids = batch.tokens.targets[row][mask].tolist()
+    columns: dict[str, list[object]] = {"tokens": list(tokenizer.pieces(ids))}
+    for name in names:
+        columns[name] = [round(x, 4) for x in getattr(batch, name)[row][mask].tolist()]
+    return columns

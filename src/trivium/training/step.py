@@ -1,0 +1,71 @@
+"""One optimizer step: count first, then accumulate, then move.
+
+The divisor is the number of items over **all** micro-batches and ranks, known before the first backward. So splitting a
+batch differently cannot change the result (transformers#34191 is what happens otherwise).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from trivium.batches import LossOutput
+from trivium.training.distributed import all_reduce_sum
+from trivium.training.optim import Optimizer
+
+
+class Batch(Protocol):
+    """Anything that knows how many items its loss is summed over."""
+
+    @property
+    def num_items(self) -> Tensor:
+        """The number of items."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+Objective = Callable[[B], LossOutput]
+"""From a micro-batch to the **sum** of its items' losses; the step divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did: mean loss and metrics per item, the gradient's norm before clipping, items counted."""
+
+    loss: float
+    grad_norm: float
+    num_items: float
+    skipped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train_step(objective: Objective[B], micro_batches: Sequence[B], optimizer: Optimizer, *, lr_scale: float) -> StepResult:
+    """Take one optimizer step over `micro_batches` and return what happened.
+
+    A non-finite gradient moves nothing: the step is skipped and says so.
+    """
+    total = all_reduce_sum(torch.stack([batch.num_items.float() for batch in micro_batches]).sum())
+    # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.
+    divisor = total.clamp(min=1e-8)
+    optimizer.zero_grad()
+    loss, sums = torch.zeros(()), dict[str, Tensor]()
+    for batch in micro_batches:
+        output = objective(batch)
+        (output.total / divisor).backward()  # type: ignore[no-untyped-call]
+        loss = loss + output.total.detach().cpu()
+        for name, value in output.metrics.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+    grad_norm = float(optimizer.clip())
+    skipped = not math.isfinite(grad_norm)
+    if not skipped:
+        optimizer.step(lr_scale)
+    count = float(total)
+    metrics = {name: float(value) / max(count, 1e-8) for name, value in sums.items()}
+    return StepResult(
+        loss=float(loss) / max(count, 1e-8), grad_norm=grad_norm, num_items=count, skipped=skipped, metrics=metrics
+    )
