@@ -1,0 +1,1 @@
+"""The mathematics, per item, never reduced."""

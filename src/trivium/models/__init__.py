@@ -1,0 +1,1 @@
+"""The network: knows no text, no loss, no rank."""

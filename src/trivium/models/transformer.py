@@ -1,0 +1,348 @@
+"""The network: a decoder-only transformer whose parameter names are Hugging Face's, so a folder is the same for both.
+
+Per layer `x += attention(norm(x)); x += mlp(norm(x))`, with RMSNorm (1910.07467), rotary positions (2104.09864),
+grouped queries (2305.13245) and SwiGLU (2002.05202). Left out: dropout, learned positions, mixtures of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivium.models.config import ModelConfig
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, in storage that never grows.
+
+    One tensor each of [layers, B, kv_heads, capacity, head_dim], allocated at the first write (only then is the dtype
+    known, which autocast may lower). `length` slots are filled, the same number in every row: prompts of different
+    lengths are padded on the left.
+    """
+
+    def __init__(self, config: ModelConfig, *, batch_size: int, capacity: int) -> None:
+        """Plan a cache for `batch_size` rows of at most `capacity` tokens; nothing is allocated yet."""
+        self.shape = (config.num_hidden_layers, batch_size, config.kv_heads, capacity, config.head_size)
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, kv_heads, T, head_dim] after the filled slots of `layer`; return views of everything up to them."""
+        if self._keys is None or self._values is None:
+            self._keys, self._values = keys.new_zeros(self.shape), values.new_zeros(self.shape)
+        end = self.length + keys.shape[2]
+        if end > self.shape[3]:
+            raise ValueError(f"The cache holds {self.shape[3]} positions; {end} are needed.")
+        rows = keys.shape[0]
+        all_keys, all_values = self._keys[layer, :rows, :, :end], self._values[layer, :rows, :, :end]
+        all_keys[:, :, self.length :] = keys
+        all_values[:, :, self.length :] = values
+        return all_keys, all_values
+
+    def move(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy the rows `sources` over the rows `destinations` (int64 [k] each, disjoint)."""
+        for stored in (self._keys, self._values):
+            if stored is not None and len(sources):
+                stored[:, destinations, :, : self.length] = stored[:, sources, :, : self.length]
+
+    def adopt(self, other: KVCache, sources: Tensor, destinations: Tensor) -> None:
+        """Copy what `other` holds of its rows `sources` into the rows `destinations`, ending where `length` ends.
+
+        Slots before a shorter prefix keep what they have: they are padding, for the attention mask to hide.
+        """
+        if other._keys is None or other._values is None:
+            return
+        if self._keys is None or self._values is None:
+            self._keys, self._values = other._keys.new_zeros(self.shape), other._values.new_zeros(self.shape)
+        slots = slice(self.length - other.length, self.length)
+        self._keys[:, destinations, :, slots] = other._keys[:, sources]
+        self._values[:, destinations, :, slots] = other._values[:, sources]
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """Start as the pure normalisation: all weights 1."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x normalised, in its own dtype."""
+        wide = x.float()
+        return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Make the projections; `layer` is this module's place in the cache."""
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_size
+        self.grouped = config.kv_heads != config.num_attention_heads
+        width, queries, keys = (
+            config.hidden_size,
+            config.num_attention_heads * self.head_dim,
+            config.kv_heads * self.head_dim,
+        )
+        self.q_proj = nn.Linear(width, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return what each position of x [B, T, H] gathered from those it sees; no mask means causal."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        # A single new position sees everything before it, so without a mask it needs no causal one either.
+        causal = mask is None and q.shape[2] > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the three projections."""
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the transformed x, [B, T, H]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Make the layer at index `layer`."""
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return the residual stream after this layer, [B, T, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states: embedding, layers, final norm. What a language model and a scalar model share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the network with torch's initial weights; `Transformer.init_weights` sets the real ones."""
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Not a buffer: `.to(bfloat16)` must not touch it, in bfloat16 neighbouring positions become one.
+        self._inverse_frequencies = {torch.device("cpu"): inverse_frequencies(config)}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states [B, T, H]; the arguments are those of `Transformer.forward`."""
+        past = cache.length if cache is not None else 0
+        length = input_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + length, device=input_ids.device)[None]
+        mask = visibility(
+            length,
+            past,
+            input_ids.device,
+            self.config.sliding_window,
+            document_ids=document_ids,
+            attention_mask=attention_mask,
+        )
+        rope = self.rope(positions)
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += length
+        out: Tensor = self.norm(x)
+        return out
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of every position's angles, each float32 [B, T, 1, head_dim / 2]."""
+        device = positions.device
+        if device not in self._inverse_frequencies:
+            self._inverse_frequencies[device] = self._inverse_frequencies[torch.device("cpu")].to(device)
+        # An elementwise product: a matrix product would be lowered to bfloat16 by autocast.
+        angles = positions[..., None, None].float() * self._inverse_frequencies[device]
+        return angles.cos(), angles.sin()
+
+
+class Transformer(nn.Module):
+    """A causal language model; `state_dict()` has exactly the keys of transformers' `...ForCausalLM`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the network with torch's initial weights; call `init_weights` before training from scratch."""
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding itself (one Parameter), where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        # Some moves (to another kind of device) make new Parameters, one per use: tie them again.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.tie_weights()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the final hidden states [B, T, hidden_size]; `logits` turns them (or some of them) into scores.
+
+        `input_ids`: int64 [B, T]. `positions`: int64 [B, T] or [1, T], by default counted from the cache's length on.
+        `document_ids`: int64 [B, T], a position then sees only its own document (not together with a cache).
+        `attention_mask`: [B, cached + T], false or 0 at padding, which nobody sees. Right-padded rows need none: under
+        the causal mask a pad cannot influence what stands before it.
+        """
+        out: Tensor = self.model(
+            input_ids, positions=positions, document_ids=document_ids, cache=cache, attention_mask=attention_mask
+        )
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the unnormalised log-probabilities of the next token, float32 [..., vocab_size]."""
+        out: Tensor = self.lm_head(hidden)
+        return out.float()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> Transformer:
+        """Set the weights for training from scratch, a pure function of the shape and `seed`, and return self.
+
+        Matrices are normal with standard deviation 1 / sqrt(fan in), so that a unit-variance input gives a
+        unit-variance output at any width. The two that write into the residual stream (o_proj, down_proj) are divided
+        by sqrt(2 * layers) (GPT-2, section 2.3) and by 10: at their full size the layers' first, random outputs drown
+        the embeddings (one measurement, prose by bytes, depth 2, 500 steps: loss 2.18 against 2.32; 0.02 throughout
+        gave 2.49).
+        Embeddings and output matrix have `initializer_range`, so that the first loss is about log(vocab_size); tied,
+        a token at first predicts itself with a logit of initializer_range * hidden_size. Norms are 1, biases 0.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = self._initial_std(name, parameter)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+                parameter.copy_(drawn)
+        return self
+
+    def _initial_std(self, name: str, parameter: Tensor) -> float:
+        if "embed_tokens" in name or "lm_head" in name:
+            return self.config.initializer_range
+        std = 1 / math.sqrt(parameter.shape[1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= 10 * math.sqrt(2 * self.config.num_hidden_layers)
+        return std
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [B, T, heads, head_dim] with pair (i, i + head_dim/2) turned by its position's angle i, in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Return RoPE's angle per position of each pair, float32 [head_dim / 2] on the CPU, scaling included."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu") / config.head_size
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    return _ROPE_SCALINGS[scaling["rope_type"]](frequencies, dict(scaling))
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
+    """Slow pairs are slowed further by `factor`, fast ones kept, those between blended (Llama 3.1)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+
+
+_ROPE_SCALINGS: dict[str, Callable[[Tensor, dict[str, float]], Tensor]] = {
+    "default": lambda frequencies, scaling: frequencies,
+    "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
+    "llama3": _llama3_frequencies,
+}
+
+
+def visibility(
+    length: int,
+    past: int,
+    device: torch.device,
+    window: int | None,
+    *,
+    document_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor | None:
+    """Return who sees whom, bool [B or 1, 1, length, past + length], or None where plain causal attention says it all.
+
+    Worked example, two packed documents a b | c d e: row d is `0 0 1 1 0`. A padded position sees itself, for a
+    softmax over nothing is not a number; what it computes is never used.
+    """
+    total = past + length
+    window = None if window is None or window >= total else window
+    if document_ids is not None and past:
+        raise ValueError("Packed documents and a cache exclude each other: a cache continues one document per row.")
+    plain = document_ids is None and attention_mask is None and window is None
+    if plain and (past == 0 or length == 1):
+        return None
+    if length == 1 and window is None and attention_mask is not None:
+        return attention_mask.bool()[:, None, None, :]
+    distance = torch.arange(past, total, device=device)[:, None] - torch.arange(total, device=device)
+    mask = (distance >= 0)[None]
+    if window is not None:
+        mask = mask & (distance < window)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
+    if attention_mask is not None:
+        mask = (mask & attention_mask.bool()[:, None, :]) | (distance == 0)
+    return mask[:, None]

@@ -1,0 +1,116 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from trivium.losses.pairwise import bradley_terry, plackett_luce
+
+
+def test_hand_worked_margins():
+    lead = torch.tensor([0.0, 1.0, 2.0])
+    assert bradley_terry(lead, torch.zeros(3)).tolist() == pytest.approx([0.6931, 0.3133, 0.1269], abs=5e-5)
+    # a margin of 1 takes one nat off every lead
+    assert bradley_terry(lead, torch.zeros(3), margin=1.0).tolist() == pytest.approx([1.3133, 0.6931, 0.3133], abs=5e-5)
+
+
+def test_swapping_the_sides_negates_the_margin_and_the_gradient():
+    scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.allclose(
+        bradley_terry(scores[0], scores[1]) - bradley_terry(scores[1], scores[0]), scores[1] - scores[0], atol=1e-6
+    )
+
+
+def test_same_as_trl_reward_trainer_formula():
+    generator = torch.Generator().manual_seed(1)
+    chosen, rejected = torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    reference = -torch.nn.functional.logsigmoid(chosen - rejected - 0.3)
+    assert torch.allclose(bradley_terry(chosen, rejected, 0.3), reference, atol=2e-7)
+
+
+def test_far_apart_scores_stay_finite():
+    assert bradley_terry(torch.tensor([-1e4]), torch.tensor([1e4])).item() == pytest.approx(2e4)
+
+
+def test_plackett_luce_by_hand():
+    scores = torch.log(torch.tensor([3.0, 2.0, 1.0]))
+    loss = plackett_luce(scores, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.long))
+    assert loss.tolist() == pytest.approx([math.log(3)])  # 3/6 * 2/3 * 1/1 = 1/3
+
+
+def test_two_items_are_bradley_terry():
+    scores = torch.randn(6, generator=torch.Generator().manual_seed(2))
+    groups = torch.tensor([0, 0, 1, 1, 7, 7])
+    loss = plackett_luce(scores, torch.tensor([0, 1, 1, 0, 0, 1]), groups)
+    expected = bradley_terry(scores[[0, 3, 4]], scores[[1, 2, 5]])
+    assert torch.allclose(loss, expected, atol=1e-6)
+
+
+def test_likelihoods_of_all_orders_sum_to_one_and_row_order_does_not_matter():
+    scores = torch.randn(4, generator=torch.Generator().manual_seed(3))
+    groups = torch.zeros(4, dtype=torch.long)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+    assert sum(math.exp(-plackett_luce(scores, ranks, groups).item()) for ranks in orders) == pytest.approx(1, abs=1e-5)
+    ranks, shuffle = orders[5], torch.tensor([2, 0, 3, 1])
+    assert plackett_luce(scores, ranks, groups).item() == pytest.approx(
+        plackett_luce(scores[shuffle], ranks[shuffle], groups).item(), abs=1e-6
+    )
+
+
+def test_ties_by_hand_and_pull_together():
+    # b and c tie for second: ln(3 + 2 + 1) - ln 3, then each from {b, c}: 2 ln(2 + 1) - ln 2 - ln 1
+    scores = torch.log(torch.tensor([3.0, 2.0, 1.0]))
+    loss = plackett_luce(scores, torch.tensor([0, 1, 1]), torch.zeros(3, dtype=torch.long))
+    assert loss.item() == pytest.approx(math.log(2) + 2 * math.log(3) - math.log(2))
+    tied = torch.tensor([1.0, -1.0], requires_grad=True)
+    plackett_luce(tied, torch.tensor([0, 0]), torch.zeros(2, dtype=torch.long)).sum().backward()
+    assert tied.grad[0] > 0 > tied.grad[1]
+
+
+def test_all_pairs_of_a_prompt_weigh_one_like_instructgpt():
+    scores = torch.tensor([2.0, 1.0, 0.0], requires_grad=True)
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    losses = bradley_terry(scores[pairs[:, 0]], scores[pairs[:, 1]])
+    assert (losses / 3).sum().item() == pytest.approx((0.313262 + 0.126928 + 0.313262) / 3, abs=1e-6)
+
+
+def _minimise(loss_of, num_items: int) -> np.ndarray:
+    scores = torch.zeros(num_items, requires_grad=True)
+    solver = torch.optim.LBFGS([scores], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        loss = loss_of(scores)
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return (scores - scores.mean()).detach().numpy()
+
+
+def test_optimum_of_pairs_is_that_of_choix():
+    choix = pytest.importorskip("choix")
+    rng = np.random.default_rng(0)
+    strength = np.array([0.0, 0.4, -0.5, 1.0, 0.2])
+    pairs = []
+    for _ in range(300):
+        a, b = rng.choice(5, size=2, replace=False)
+        wins = rng.random() < 1 / (1 + math.exp(strength[b] - strength[a]))
+        pairs.append((a, b) if wins else (b, a))
+    index = torch.tensor(pairs)
+    ours = _minimise(lambda s: bradley_terry(s[index[:, 0]], s[index[:, 1]]).mean(), 5)
+    reference = choix.ilsr_pairwise(5, [(int(a), int(b)) for a, b in pairs], alpha=0.0)
+    assert np.abs(ours - (reference - reference.mean())).max() < 1e-4
+
+
+def test_optimum_of_rankings_is_that_of_choix():
+    choix = pytest.importorskip("choix")
+    rng = np.random.default_rng(1)
+    strength = np.array([0.0, 0.8, -0.5, 0.3])
+    rankings = [[int(i) for i in np.argsort(-(strength + rng.gumbel(size=4)))] for _ in range(120)]
+    items = torch.tensor(rankings).flatten()
+    ranks, groups = torch.arange(4).repeat(120), torch.arange(120).repeat_interleave(4)
+    ours = _minimise(lambda s: plackett_luce(s[items], ranks, groups).mean(), 4)
+    reference = choix.ilsr_rankings(4, rankings, alpha=0.0)
+    assert np.abs(ours - (reference - reference.mean())).max() < 1e-4
