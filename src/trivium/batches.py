@@ -1,7 +1,7 @@
 """The nouns on the device: what the losses and the loop work on.
 
-Targets are shifted **once, in the collator**: `targets[b, t]` is the token that position `t` must predict, so logits and
-targets line up and no loss shifts anything. Rows are padded on the right; with causal attention a pad can influence
+Targets are shifted **once, in the collator**: `targets[b, t]` is the token that position `t` must predict, so logits
+and targets line up and no loss shifts anything. Rows are padded on the right; with causal attention a pad can influence
 nothing before it, so no padding mask is needed to train.
 
 One two-turn conversation, `<user> hi <end> <assistant> yo <end>`, trained on the assistant's tokens only::
@@ -102,10 +102,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """What an objective returns: `total`, the **sum** over items (scalar), and sums of metrics to report beside it.
-
-   
-    """
+    """What an objective returns: `total`, the **sum** over items (scalar), and sums of metrics to report beside it."""
 
     total: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

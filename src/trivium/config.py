@@ -72,7 +72,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0 means one per physical core this process may use."""
     precision: str = "auto"
-    """`auto`, `fp32` or `bf16` (compute; master weights stay fp32). Auto: bf16 on CUDA and on CPUs with AMX."""
+    """`auto`, `fp32` or `bf16` (compute; master weights stay fp32). Auto: bf16 where the hardware multiplies it natively."""
     strict: bool = False
     """Whether a malformed input line is fatal instead of counted."""
 
@@ -159,6 +159,10 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         return _convert(arguments[0], value, where=where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where=where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(arguments)}")
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

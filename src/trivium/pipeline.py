@@ -1,7 +1,7 @@
-"""A recipe, stage by stage: what is done is skipped, what was cut off resumes, what changed is redone with what needs it.
+"""A recipe, stage by stage: the done is skipped, the cut off resumes, the changed is redone with what depends on it.
 
-A run's identity is its fingerprint (stage, config, parents, inputs, seed, settings, version), so "is it done?" is a look
-at a folder. Everything is checked before any work starts, and one process at a time owns a workspace.
+A run's identity is its fingerprint (stage, config, parents, inputs, seed, settings, version), so "is it done?" is a
+look at a folder. Everything is checked before any work starts, and one process at a time owns a workspace.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def stage_module(name: str) -> ModuleType:
         raise ConfigError(f"stage {name!r}: cannot import {error.name!r}; is its package installed?") from None
     for attribute in ("Config", "run"):
         if not hasattr(module, attribute):
-            raise ConfigError(f"stage {name!r} has no {attribute!r}; docs/design.md section 5 shows the shape of a stage")
+            raise ConfigError(
+                f"stage {name!r} has no {attribute!r}; docs/design.md section 5 shows the shape of a stage"
+            )
     return module
 
 
@@ -141,9 +143,7 @@ def run_recipe(
     return done
 
 
-def make_plan(
-    recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, current: Mapping[str, str]
-) -> Plan:
+def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, current: Mapping[str, str]) -> Plan:
     """Return the plan of one stage: parents resolved, inputs hashed, fingerprint taken.
 
     Raises ConfigError when a parent or an input is missing.
@@ -181,7 +181,7 @@ def make_plan(
 
 
 def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (field, "ref" or "input", value) for every Ref and InputPath of a Config; several in a field are numbered."""
+    """Yield (field, "ref" or "input", value) of every Ref and InputPath; several in one field are numbered."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for item in fields(config):
         value = getattr(config, item.name)
@@ -207,11 +207,8 @@ def _parent_inputs(workspace: Path, field: str, run_id: str) -> dict[str, str]:
     manifest = read_manifest(workspace / run_id.rsplit("-", 1)[0] / run_id)
     if manifest is None or "collection" not in manifest.summary:
         return {}
-    store = Store(workspace / "preferences.db")
-    try:
+    with Store(workspace / "preferences.db") as store:
         return {f"judgements:{field}": store.digest(str(manifest.summary["collection"]))}
-    finally:
-        store.close()
 
 
 def _hash_input(recipe: Recipe, value: str, *, where: str) -> str:

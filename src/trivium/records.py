@@ -15,7 +15,6 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -245,7 +244,7 @@ def from_dict(cls: type[R], data: Mapping[str, Any]) -> R:
 
     Raises ValueError for a missing or an unknown field, naming it.
     """
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)
     unknown = set(data) - set(hints)
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}")
@@ -253,11 +252,6 @@ def from_dict(cls: type[R], data: Mapping[str, Any]) -> R:
         return cls(**{name: _revive(hints[name], value) for name, value in data.items()})
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from error
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _revive(hint: Any, value: Any) -> Any:

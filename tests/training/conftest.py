@@ -18,10 +18,19 @@ from trivium.runs.manifest import Run
 def tiny_model(seed: int = 0) -> Transformer:
     """Return a two-layer network of about 6,000 parameters over 32 tokens."""
     config = ModelConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, qk_norm=True, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        qk_norm=True,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     model = Transformer(config)
     model.init_weights(seed)
     return model

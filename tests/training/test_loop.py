@@ -89,10 +89,14 @@ def damaged_files(folder: Path) -> list[tuple[str, Callable[[Path], None]]]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     ways = {"flip": flip, "cut": cut, "unlink": Path.unlink}
-    return [(f"{path.name} {name}", partial(way, path)) for path in sorted(folder.iterdir()) for name, way in ways.items()]  # type: ignore[misc]
+    return [
+        (f"{path.name} {name}", partial(way, path)) for path in sorted(folder.iterdir()) for name, way in ways.items()
+    ]  # type: ignore[misc]
 
 
-def test_damage_is_named_and_the_checkpoint_before_it_is_used(make_run: Callable[[str], Run], capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named_and_the_checkpoint_before_it_is_used(
+    make_run: Callable[[str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every file, bit-flipped, truncated or lost: never loaded, set aside, and the older checkpoint serves."""
     for number in range(9):
         with pytest.raises(KeyboardInterrupt):
@@ -102,7 +106,9 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(make_run: Callable
         name, damage = damaged_files(newest)[number]
         damage()  # type: ignore[call-arg]
         model = tiny_model()
-        checkpoint = resume(run, modules={"m": model, "model": model}, optimizers={"model": Optimizer(model, CONFIG.optim)})
+        checkpoint = resume(
+            run, modules={"m": model, "model": model}, optimizers={"model": Optimizer(model, CONFIG.optim)}
+        )
         assert checkpoint is not None and checkpoint.step == 3, name
         assert "00000006" in capsys.readouterr().err
         assert newest.with_suffix(".damaged").is_dir()

@@ -64,8 +64,12 @@ def test_nothing_to_train_moves_nothing() -> None:
     model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     batch = unequal_batch()
-    empty = TokenBatch(input_ids=batch.input_ids, targets=torch.full_like(batch.targets, IGNORE), positions=batch.positions)
-    result = train_step(partial(objective, model), [empty], Optimizer(model, OptimConfig(weight_decay=0.0)), lr_scale=1.0)
+    empty = TokenBatch(
+        input_ids=batch.input_ids, targets=torch.full_like(batch.targets, IGNORE), positions=batch.positions
+    )
+    result = train_step(
+        partial(objective, model), [empty], Optimizer(model, OptimConfig(weight_decay=0.0)), lr_scale=1.0
+    )
     assert (result.loss, result.grad_norm, result.num_items) == (0.0, 0.0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

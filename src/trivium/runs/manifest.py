@@ -45,7 +45,13 @@ PRIVATE = {"manifest.json", "events.jsonl", "specimens.jsonl", "checkpoints"}
 
 
 def fingerprint(
-    *, stage: str, config: Mapping[str, Any], parents: Mapping[str, str], inputs: Mapping[str, str], seed: int, settings: Mapping[str, Any]
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    inputs: Mapping[str, str],
+    seed: int,
+    settings: Mapping[str, Any],
 ) -> str:
     """Return the hash of everything that determines a run's artifacts."""
     return content_id("run", __version__, stage, config, parents, inputs, seed, settings)
@@ -67,7 +73,9 @@ class Run:
     `metric`, `sample`, `specimen`, `result`, `note` and `spend`.
     """
 
-    def __init__(self, manifest: RunManifest, *, folder: Path, workspace: Path, settings: RunSettings, base: Path) -> None:
+    def __init__(
+        self, manifest: RunManifest, *, folder: Path, workspace: Path, settings: RunSettings, base: Path
+    ) -> None:
         """Make the folder if need be and open the log; `base` is what relative input paths start from."""
         self.manifest = manifest
         self.dir = folder
@@ -123,10 +131,22 @@ class Run:
         """Keep one specimen for the walkthrough (about twenty of a name are kept)."""
         return self.events.specimen(name, value, step)
 
-    def result(self, task: str, metric: str, value: float, *, low: float = math.nan, high: float = math.nan, n: int = 0, checkpoint: str = "") -> None:
+    def result(
+        self,
+        task: str,
+        metric: str,
+        value: float,
+        *,
+        low: float = math.nan,
+        high: float = math.nan,
+        n: int = 0,
+        checkpoint: str = "",
+    ) -> None:
         """Record a measured figure with its 95% interval (NaN where none was estimated) and item count."""
         self._results.append(
-            EvalResult(task=task, metric=metric, value=value, low=low, high=high, n=n, seed=self.seed, checkpoint=checkpoint)
+            EvalResult(
+                task=task, metric=metric, value=value, low=low, high=high, n=n, seed=self.seed, checkpoint=checkpoint
+            )
         )
 
     def note(self, **facts: Any) -> None:
@@ -222,14 +242,21 @@ def code_version() -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(here)]
         top = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        status = subprocess.run([*git, "status", "--porcelain", "--", str(here)], capture_output=True, text=True, timeout=5, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--", str(here)], capture_output=True, text=True, timeout=5, check=True
+        )
         version |= {"commit": top.stdout.strip(), "dirty": bool(status.stdout.strip())}
     return version
 
 
 def host_facts() -> dict[str, Any]:
     """Return what machine this is, without its name."""
-    return {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version(), "cores": os.cpu_count()}
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+    }
 
 
 @contextlib.contextmanager
@@ -237,11 +264,17 @@ def show_progress(label: str, total: int) -> Iterator[Any]:
     """Yield `advance(n=1, **facts)`; draws a rich bar on a terminal, else prints a plain line every ten seconds."""
     facts_text = ""
     if sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+        )
         from rich.console import Console
 
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total, facts="")
+            task = bar.add_task(label, total=total or None, facts="")
 
             def advance(n: int = 1, **facts: float) -> None:
                 bar.update(task, advance=n, facts=_facts(facts))
@@ -258,8 +291,10 @@ def show_progress(label: str, total: int) -> Iterator[Any]:
         if moment - last >= 10:
             last = moment
             rate = done / max(moment - began, 1e-9)
-            left = (total - done) / max(rate, 1e-9)
-            print(f"{label}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left {_facts(facts)}", file=sys.stderr, flush=True)
+            share = f"/{total}, {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
+            print(
+                f"{label}: {done}{share}, {rate:.1f}/s {_facts(facts)}", file=sys.stderr, flush=True
+            )
 
     yield advance_plain
 

@@ -23,9 +23,18 @@ from trivium.data.sources import load_preferences, load_prompts
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
 from trivium.models.hf import load_model
-from trivium.preferences.agreement import summarise_agreement
+from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
-from trivium.records import AnnotatorKind, Completion, Conversation, Ranking, from_dict, read_jsonl, to_dict, write_jsonl
+from trivium.records import (
+    AnnotatorKind,
+    Completion,
+    Conversation,
+    Ranking,
+    from_dict,
+    read_jsonl,
+    to_dict,
+    write_jsonl,
+)
 from trivium.runs.manifest import Run
 from trivium.training.distributed import device_of
 from trivium.training.rollout import SampleConfig, sample
@@ -70,7 +79,9 @@ class Annotator(Protocol):
         ...
 
 
-def transform(annotator: Annotator, prompt: Conversation, completions: Sequence[Completion], rng: np.random.Generator) -> Ranking:
+def transform(
+    annotator: Annotator, prompt: Conversation, completions: Sequence[Completion], rng: np.random.Generator
+) -> Ranking:
     """Return the annotator's ranking of the completions, shown in a random order that is recorded."""
     shown = [completions[i] for i in rng.permutation(len(completions))]
     groups = annotator.rank(prompt, [c.text for c in shown], rng)
@@ -85,8 +96,7 @@ def transform(annotator: Annotator, prompt: Conversation, completions: Sequence[
 
 def run(config: Config, run: Run) -> None:
     """Fill the queue, let it be ranked, and measure the agreement."""
-    store = Store(run.workspace / "preferences.db")
-    try:
+    with Store(run.workspace / "preferences.db") as store:
         tasks = write_tasks(config, run) if config.prompts else []
         store.add_tasks(run.id, tasks, overlap=config.overlap)
         if config.rankings:
@@ -94,8 +104,6 @@ def run(config: Config, run: Run) -> None:
         if config.annotators != "people":
             rank_by_code(config, run, store, tasks)
         summarise(config, run, store)
-    finally:
-        store.close()
 
 
 Task = tuple[Conversation, list[Completion]]
@@ -114,12 +122,16 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
         ]
     prompts = list(
         load_prompts(
-            config.prompts, base=run.base, seed=run.seed, options=config.options, strict=run.settings.strict,
+            config.prompts,
+            base=run.base,
+            seed=run.seed,
+            options=config.options,
+            strict=run.settings.strict,
             quarantine=run.dir / "quarantine.jsonl",
         )
-    )  # fmt: skip
+    )
     if not prompts:
-        raise UserError(f"no prompts in {', '.join(config.prompts)}; each line needs a \"prompt\" or \"messages\"")
+        raise UserError(f'no prompts in {", ".join(config.prompts)}; each line needs a "prompt" or "messages"')
     tokenizer = Tokenizer.load(run.model("policy"))
     model = load_model(run.model("policy"), device=device_of(run.settings))
     stop = frozenset({tokenizer.end_id, tokenizer.eos_id})
@@ -131,11 +143,15 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
     policy = run.manifest.parents["policy"]
     completions = [
         Completion(
-            prompt_id=prompt.id, text=tokenizer.decode(g.token_ids), token_ids=tuple(g.token_ids),
-            logprobs=tuple(round(x, 6) for x in g.logprobs), policy=f"{policy}@final", finish_reason=g.finish_reason,
+            prompt_id=prompt.id,
+            text=tokenizer.decode(g.token_ids),
+            token_ids=tuple(g.token_ids),
+            logprobs=tuple(round(x, 6) for x in g.logprobs),
+            policy=f"{policy}@final",
+            finish_reason=g.finish_reason,
         )
         for prompt, g in zip(repeated, generated, strict=True)
-    ]  # fmt: skip
+    ]
     tasks: list[Task] = []
     for start in range(0, len(repeated), config.num_responses):
         distinct = {c.text: c for c in completions[start : start + config.num_responses] if c.text.strip()}
@@ -150,21 +166,27 @@ def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) 
     annotators: list[Annotator] = list(load_attribute(config.annotators)(run.seed))
     if len(annotators) < config.overlap:
         raise UserError(f"overlap = {config.overlap}, but {config.annotators} has {len(annotators)} annotators")
+    given: list[tuple[Ranking, str]] = []
     with run.progress("ranking", len(tasks)) as advance:
         for number, (prompt, completions) in enumerate(tasks):
             rng = np.random.default_rng([run.seed, 11, number])
             for index in rng.permutation(len(annotators))[: config.overlap]:
                 ranking = transform(annotators[index], prompt, completions, rng)
-                store.submit(ranking, run.id, idempotency_key=f"{run.id}/{prompt.id}/{ranking.annotator}")
+                given.append((ranking, f"{run.id}/{prompt.id}/{ranking.annotator}"))
             advance()
+    store.submit_many(given, run.id)
 
 
 def import_rankings(config: Config, run: Run, store: Store) -> None:
     """Store rankings that people gave elsewhere, each with its annotator and the kind human."""
     rows = load_preferences(
-        config.rankings, base=run.base, seed=run.seed, options=config.options, strict=run.settings.strict,
+        config.rankings,
+        base=run.base,
+        seed=run.seed,
+        options=config.options,
+        strict=run.settings.strict,
         quarantine=run.dir / "quarantine.jsonl",
-    )  # fmt: skip
+    )
     pending: list[tuple[Task, Ranking]] = []
     for number, (prompt, responses, groups, annotator) in enumerate(rows):
         if config.max_rankings and number >= config.max_rankings:
@@ -175,17 +197,19 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
         placed = tuple(tuple(completions[i].id for i in group) for group in groups)
         ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind="human")
         pending.append(((prompt, completions), ranking))
-    store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
-    for _, ranking in pending:
-        store.submit(ranking, run.id, idempotency_key=f"{run.id}/{ranking.id}")
+    for task, ranking in pending:
+        # A prompt may come with several sets of responses, so the ranking names its task.
+        stored = store.add_tasks(run.id, [task], overlap=config.overlap)
+        store.submit(ranking, run.id, idempotency_key=f"{run.id}/{stored[0].id}/{ranking.id}", task=stored[0].id)
 
 
 def summarise(config: Config, run: Run, store: Store) -> None:
     """Write counts, agreement and specimens; raises Waiting while people still have prompts to rank."""
     rankings = store.rankings(run.id)
-    open_tasks = store.num_open(run.id)
+    progress = store.progress(run.id)
+    open_tasks = progress.tasks - progress.done
     run.note(collection=run.id)
-    if config.annotators == "people" and open_tasks:
+    if config.annotators == "people" and config.prompts and open_tasks:
         raise Waiting(
             f"{run.manifest.table}: {open_tasks} rankings to give; run "
             f"`trivium rank --workspace {run.workspace}`, then run this recipe again"
@@ -200,9 +224,11 @@ def summarise(config: Config, run: Run, store: Store) -> None:
         kinds[ranking.kind] = kinds.get(ranking.kind, 0) + 1
     prompts = {ranking.prompt_id for ranking in rankings}
     run.note(
-        kinds=kinds, num_prompts=len(prompts), num_rankings=len(rankings),
+        kinds=kinds,
+        num_prompts=len(prompts),
+        num_rankings=len(rankings),
         num_completions=len({c for r in rankings for g in r.groups for c in g}),
-        agreement=summarise_agreement(rankings, seed=run.seed),
+        agreement={name: value for name, value in to_dict(agreement(rankings, seed=run.seed)).items() if value},
         prompt_diversity=prompt_diversity([store.prompt(p).messages[-1].content for p in sorted(prompts)]),
         data={"name": ", ".join(config.prompts + config.rankings), "num_prompts": len(prompts)},
-    )  # fmt: skip
+    )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +28,10 @@ from trivium.losses.logprobs import token_logprobs
 from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
+from trivium.records import AnnotatorKind
 from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
-from trivium.training.judgements import load_judgements
+from trivium.training.judgements import data_facts, load_judgements, num_pairs
 from trivium.training.loop import FitConfig, fit
 
 
@@ -41,7 +43,7 @@ class Config:
     """Where the policy starts; frozen, it is the reference too."""
     comparisons: Ref = "collect_comparisons@latest"
     """The run whose collection of rankings is learned."""
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[AnnotatorKind, ...] = ()
     """Only judgements of these kinds (human, ai, simulated); empty means all."""
     loss: str = "dpo"
     """`dpo` (label_smoothing > 0 makes it cDPO) or `ipo`."""
@@ -92,14 +94,17 @@ def run(config: Config, run: Run) -> None:
     tokenizer = Tokenizer.load(run.model("policy"))
     device = device_of(run.settings)
     model = load_model(run.model("policy"), device=device)
-    store = Store(run.workspace / "preferences.db")
-    try:
+    collection = run.parent("comparisons").name
+    with Store(run.workspace / "preferences.db") as store:
         judgements = load_judgements(
-            store, run.parent("comparisons").name, tokenizer, kinds=config.kinds,
-            heldout_frac=config.heldout_frac, context=config.context,
-        )  # fmt: skip
-    finally:
-        store.close()
+            store,
+            collection,
+            tokenizer,
+            kinds=config.kinds,
+            heldout_frac=config.heldout_frac,
+            context=config.context,
+            seed=run.seed,
+        )
     # Once, before any step: the reference never changes, so neither do its log-probabilities.
     train = with_reference(run, model, judgements.train, config, tokenizer.pad_id)
     heldout = with_reference(run, model, judgements.heldout, config, tokenizer.pad_id)
@@ -107,7 +112,7 @@ def run(config: Config, run: Run) -> None:
     rank, size = world()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
-        rows = loader.rows(step)[rank::size]
+        rows = loader.rows(step, rank, size)
         width = config.fit.micro_batch_size or len(rows)
         return [
             to_device(collate_preferences([train[r] for r in rows[i : i + width]], tokenizer.pad_id), device)
@@ -118,23 +123,26 @@ def run(config: Config, run: Run) -> None:
         return measure(run, model, config, heldout, tokenizer.pad_id)
 
     fit(
-        run, model, partial(objective, model, config), batches, config.fit, evaluate=evaluate,
+        run,
+        model,
+        partial(objective, model, config),
+        batches,
+        config.fit,
+        evaluate=evaluate,
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
-    )  # fmt: skip
+    )
     final = measure(run, model, config, heldout, tokenizer.pad_id)
-    pairs = sum(len(collate_preferences([group], tokenizer.pad_id).pairs) for group in heldout)
+    pairs = num_pairs(heldout)
     low, high = wilson_interval(final["eval/accuracy"] * pairs, pairs)
     run.result("implicit_reward@1", "accuracy", final["eval/accuracy"], low=low, high=high, n=pairs)
     run.note(
-        steps=config.fit.steps, num_parameters=model.config.num_parameters(), dropped=judgements.dropped,
-        kinds=sorted({r.kind for r in judgements.train_rankings}),
-        data={
-            "name": run.parent("comparisons").name, "num_rankings": len(train),
-            "num_pairs": sum(len(collate_preferences([g], 0).pairs) for g in train),
-            "tokens": sum(len(g.prompt_ids) + len(c) for g in train for c in g.completion_ids),
-        },
-    )  # fmt: skip
+        steps=config.fit.steps,
+        num_parameters=model.config.num_parameters(),
+        dropped=judgements.dropped,
+        kinds=judgements.kinds,
+        data=data_facts(collection, train),
+    )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
@@ -151,12 +159,15 @@ def with_reference(
             part = list(groups[start : start + 16])
             batch = to_device(collate_preferences(part, pad_id), device)
             sums = completion_sums(model, batch, mean=config.loss == "ipo").float().cpu()
-            pieces = sums.split([len(group.completion_ids) for group in part])
-            filled += [dataclasses.replace(g, ref_logprobs=p.tolist()) for g, p in zip(part, pieces, strict=True)]
+            ends = np.cumsum([len(group.completion_ids) for group in part]).tolist()
+            for group, start_row, end_row in zip(part, [0, *ends], ends, strict=False):
+                filled.append(dataclasses.replace(group, ref_logprobs=sums[start_row:end_row].tolist()))
     return filled
 
 
-def measure(run: Run, model: Transformer, config: Config, groups: Sequence[PreferenceGroup], pad_id: int) -> dict[str, float]:
+def measure(
+    run: Run, model: Transformer, config: Config, groups: Sequence[PreferenceGroup], pad_id: int
+) -> dict[str, float]:
     """Return held-out loss and accuracy of the implicit reward, per prompt."""
     device = next(model.parameters()).device
     model.eval()

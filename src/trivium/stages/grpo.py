@@ -32,7 +32,15 @@ from trivium.training.checkpoint import resume, save_checkpoint
 from trivium.training.distributed import autocast, device_of
 from trivium.training.loop import graceful_stop, raise_if_stopped
 from trivium.training.optim import OptimConfig, Optimizer
-from trivium.training.rollout import PromptSet, SampleConfig, completion_logprobs, sample, to_tokens, token_columns
+from trivium.training.rollout import (
+    PromptSet,
+    SampleConfig,
+    completion_logprobs,
+    log_samples,
+    sample,
+    to_tokens,
+    token_columns,
+)
 from trivium.training.schedule import lr_scale
 from trivium.training.step import train_step
 
@@ -136,11 +144,14 @@ class Trainer:
         prompts = [self.prompts.prompts[row] for row in rows]
         completions = [
             Completion(
-                prompt_id=prompt.id, text=self.tokenizer.decode(g.token_ids), token_ids=tuple(g.token_ids),
-                policy=self.run.id, finish_reason=g.finish_reason,
+                prompt_id=prompt.id,
+                text=self.tokenizer.decode(g.token_ids),
+                token_ids=tuple(g.token_ids),
+                policy=self.run.id,
+                finish_reason=g.finish_reason,
             )
             for prompt, g in zip(prompts, generated, strict=True)
-        ]  # fmt: skip
+        ]
         parts = [weight * torch.tensor(function(prompts, completions)) for function, weight in self.rewards]
         return torch.stack([part.float() for part in parts]).sum(0)
 
@@ -159,9 +170,16 @@ class Trainer:
         advantages = group_advantages(rewards, groups, scale).to(device)
         nothing = torch.zeros_like(old)
         return RolloutBatch(
-            tokens=tokens, mask=mask, old_logprobs=old, ref_logprobs=reference, scores=rewards.to(device),
-            advantages=advantages.unsqueeze(-1) * mask, returns=nothing, values=nothing, rewards=nothing,
-        )  # fmt: skip
+            tokens=tokens,
+            mask=mask,
+            old_logprobs=old,
+            ref_logprobs=reference,
+            scores=rewards.to(device),
+            advantages=advantages.unsqueeze(-1) * mask,
+            returns=nothing,
+            values=nothing,
+            rewards=nothing,
+        )
 
     def update(self, batch: RolloutBatch, round_: int) -> float:
         """Take one pass over the round, group by group, and return the mean loss per token."""
@@ -172,15 +190,24 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
         for part in torch.randperm(len(groups), generator=generator).chunk(config.minibatches):
             rows = groups[part].flatten()
-            with autocast(self.run.settings):
-                step = partial(objective, self.policy, config)
-                losses.append(train_step(step, [select_rows(batch, rows)], self.optimizers["policy"], lr_scale=scale).loss)
+            result = train_step(
+                partial(objective, self.policy, config),
+                [select_rows(batch, rows)],
+                self.optimizers["policy"],
+                lr_scale=scale,
+                precision=autocast(self.run.settings),
+            )
+            losses.append(result.loss)
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
         # Sampling, old and reference are one forward each, the update three.
-        self.run.spend(tokens=num_tokens, flops=6 * self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens)
+        self.run.spend(
+            tokens=num_tokens, flops=6 * self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens
+        )
         return sum(losses) / len(losses)
 
-    def record(self, batch: RolloutBatch, rows: Sequence[int], generated: Sequence[Generated], loss: float, step: int) -> None:
+    def record(
+        self, batch: RolloutBatch, rows: Sequence[int], generated: Sequence[Generated], loss: float, step: int
+    ) -> None:
         """Log the round and keep a few of its completions."""
         scores = batch.scores.view(-1, self.config.group_size)
         figures = {
@@ -192,14 +219,14 @@ class Trainer:
         }
         for name, value in figures.items():
             self.run.metric(name, value, step)
-        for index in range(min(3, len(rows))):
-            text = self.tokenizer.decode(generated[index].token_ids)
-            facts = {"prompt": self.prompts.text(rows[index]), "text": text, "score": float(batch.scores[index])}
-            self.run.sample("rollout", facts, step)
+        texts = [self.tokenizer.decode(g.token_ids) for g in generated]
+        log_samples(self.run, self.prompts, rows, texts, batch.scores, step)
         if step % max(1, self.config.iterations // 20) == 0:
             columns = token_columns(self.tokenizer, batch, 0, ("old_logprobs", "ref_logprobs", "advantages"))
             columns["logprobs"] = columns.pop("old_logprobs")
-            self.run.specimen("rollout", {"prompt": self.prompts.text(rows[0]), "score": float(scores[0, 0])} | columns, step)
+            self.run.specimen(
+                "rollout", {"prompt": self.prompts.text(rows[0]), "score": float(scores[0, 0])} | columns, step
+            )
 
     def finish(self) -> None:
         """Save the policy and sum the run up."""
@@ -207,12 +234,18 @@ class Trainer:
         curves = read_metrics(run.dir)
         for name, metric in (("reward", "rollout/reward"), ("kl", "rollout/kl")):
             last = [value for _, value in curves[metric][-5:]]
-            run.result(f"rollout_{name}@1", name, sum(last) / len(last), n=len(last) * self.loader.batch_size * config.group_size)
+            run.result(
+                f"rollout_{name}@1",
+                name,
+                sum(last) / len(last),
+                n=len(last) * self.loader.batch_size * config.group_size,
+            )
         completions = config.iterations * self.loader.batch_size * config.group_size
         run.note(
-            steps=config.iterations * config.minibatches, rounds=config.iterations,
+            steps=config.iterations * config.minibatches,
+            rounds=config.iterations,
             num_parameters=self.policy.config.num_parameters(),
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
-        )  # fmt: skip
+        )
         self.tokenizer.save(run.dir / "model")
         save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)

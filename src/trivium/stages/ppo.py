@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
+from trivium.batches import IGNORE, LossOutput, RolloutBatch, TokenBatch, select_rows, to_device
 from trivium.config import InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
@@ -35,7 +35,16 @@ from trivium.training.checkpoint import resume, save_checkpoint
 from trivium.training.distributed import autocast, device_of
 from trivium.training.loop import graceful_stop, raise_if_stopped
 from trivium.training.optim import OptimConfig, Optimizer
-from trivium.training.rollout import PromptSet, SampleConfig, completion_logprobs, sample, to_tokens, token_columns
+from trivium.training.rollout import (
+    PromptSet,
+    SampleConfig,
+    chunks,
+    completion_logprobs,
+    log_samples,
+    sample,
+    to_tokens,
+    token_columns,
+)
 from trivium.training.schedule import lr_scale
 from trivium.training.step import train_step
 
@@ -171,27 +180,35 @@ class Trainer:
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], scores: Tensor) -> RolloutBatch:
         """Return the round as tensors: reference log-probabilities, KL in the reward, values, advantages, returns."""
         config, device = self.config, next(self.policy.parameters()).device
-        tokens = to_tokens([self.prompts.encoded[r] for r in rows], [g.token_ids for g in generated], self.tokenizer.pad_id)
+        tokens = to_tokens(
+            [self.prompts.encoded[r] for r in rows], [g.token_ids for g in generated], self.tokenizer.pad_id
+        )
         tokens, mask = to_device(tokens, device), (tokens.targets != IGNORE).to(device)
         temperature = config.sampling.temperature
         with autocast(self.run.settings):
             old = completion_logprobs(self.policy, tokens, temperature=temperature)
             reference = completion_logprobs(self.reference, tokens, temperature=temperature)
-            values = self.values_of(tokens.input_ids, tokens.positions).masked_fill(~mask, 0.0)
+            values = self.values_of(tokens).masked_fill(~mask, 0.0)
         kl = losses.kl_k1(old, reference)
         rewards = losses.shape_rewards(scores.to(device), kl, mask, self.controller.value)
         advantages, returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
         return RolloutBatch(
-            tokens=tokens, mask=mask, old_logprobs=old, ref_logprobs=reference, returns=returns, values=values,
-            advantages=whiten(advantages, mask), rewards=rewards, scores=scores.to(device),
-        )  # fmt: skip
+            tokens=tokens,
+            mask=mask,
+            old_logprobs=old,
+            ref_logprobs=reference,
+            returns=returns,
+            values=values,
+            advantages=whiten(advantages, mask),
+            rewards=rewards,
+            scores=scores.to(device),
+        )
 
-    def values_of(self, input_ids: Tensor, positions: Tensor, rows: int = 32) -> Tensor:
+    def values_of(self, tokens: TokenBatch) -> Tensor:
         """Return the value of every position [B, T], without gradients."""
         self.value.eval()
         with torch.no_grad():
-            pairs = zip(input_ids.split(rows), positions.split(rows), strict=True)
-            return torch.cat([self.value(ids, positions=places).float() for ids, places in pairs])
+            return torch.cat([self.value(part.input_ids, positions=part.positions) for part in chunks(tokens, 32)])
 
     def update(self, batch: RolloutBatch, round_: int) -> dict[str, float]:
         """Take `epochs` passes of clipped updates over the round and return their mean metrics."""
@@ -203,10 +220,11 @@ class Trainer:
         for _ in range(config.epochs):
             for rows in torch.randperm(len(batch.scores), generator=generator).chunk(config.minibatches):
                 part = select_rows(batch, rows)
-                with autocast(self.run.settings):
-                    policy = train_step(partial(objective, self.policy, config), [part], self.optimizers["policy"], lr_scale=scale)
-                    value = train_step(partial(value_objective, self.value, config), [part], self.optimizers["value"], lr_scale=scale)
-                figures = policy.metrics | {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
+                step = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
+                policy = step(partial(objective, self.policy, config), [part], self.optimizers["policy"])
+                value = step(partial(value_objective, self.value, config), [part], self.optimizers["value"])
+                figures = {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
+                figures |= policy.metrics
                 for name, figure in figures.items():
                     totals[name] = totals.get(name, 0.0) + figure / steps
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
@@ -216,28 +234,34 @@ class Trainer:
         return totals
 
     def record(
-        self, batch: RolloutBatch, rows: Sequence[int], generated: Sequence[Generated], metrics: dict[str, float], step: int
+        self,
+        batch: RolloutBatch,
+        rows: Sequence[int],
+        generated: Sequence[Generated],
+        metrics: dict[str, float],
+        step: int,
     ) -> float:
         """Log the round and return its mean KL per completion (nats)."""
         run = self.run
         kl = float(masked_sum(batch.old_logprobs - batch.ref_logprobs, batch.mask).mean())
-        gap = [abs(a - b) for a, b in zip(sum((list(g.logprobs) for g in generated), []), batch.old_logprobs[batch.mask].tolist(), strict=True)]
+        sampled = torch.tensor([logprob for g in generated for logprob in g.logprobs])
+        gap = (sampled - batch.old_logprobs[batch.mask].cpu()).abs().max()
         figures = {
-            "rollout/score": float(batch.scores.mean()), "rollout/kl": kl,
+            "rollout/score": float(batch.scores.mean()),
+            "rollout/kl": kl,
             "rollout/length": sum(len(g.token_ids) for g in generated) / len(generated),
             "rollout/unfinished_frac": sum(g.finish_reason != "stop" for g in generated) / len(generated),
-            "rollout/logprob_gap": max(gap), "rollout/value": float(masked_mean(batch.values, batch.mask)),
+            "rollout/logprob_gap": float(gap),
+            "rollout/value": float(masked_mean(batch.values, batch.mask)),
             "train/kl_coef": self.controller.value,
-        } | {f"train/{name}": value for name, value in metrics.items()}  # fmt: skip
+        } | {f"train/{name}": value for name, value in metrics.items()}
         texts = [self.tokenizer.decode(g.token_ids) for g in generated]
         if self.judge:
             tastes = [self.judge(self.prompts.prompts[row], text) for row, text in zip(rows, texts, strict=True)]
             figures["rollout/true_taste"] = sum(tastes) / len(tastes)
         for name, value in figures.items():
             run.metric(name, value, step)
-        for index in range(min(3, len(texts))):
-            facts = {"prompt": self.prompts.text(rows[index]), "text": texts[index], "score": float(batch.scores[index])}
-            run.sample("rollout", facts, step)
+        log_samples(run, self.prompts, rows, texts, batch.scores, step)
         if step % max(1, self.config.iterations // 20) == 0:
             self.show(batch, rows[0], step)
         return kl
@@ -261,9 +285,11 @@ class Trainer:
                 run.result(f"rollout_{name}@1", name, sum(last) / len(last), n=len(last) * config.batch_size)
         completions = config.iterations * config.batch_size
         run.note(
-            steps=config.iterations * config.epochs * config.minibatches, rounds=config.iterations,
-            num_parameters=self.policy.config.num_parameters(), kl_coef=self.controller.value,
+            steps=config.iterations * config.epochs * config.minibatches,
+            rounds=config.iterations,
+            num_parameters=self.policy.config.num_parameters(),
+            kl_coef=self.controller.value,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
-        )  # fmt: skip
+        )
         self.tokenizer.save(run.dir / "model")
         save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)

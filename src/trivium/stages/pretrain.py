@@ -29,6 +29,7 @@ from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
+from trivium.training.rollout import chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,18 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse shapes that no Transformer has."""
-        bounds(self, hidden_size=(8, None), num_layers=(1, None), num_heads=(1, None), num_kv_heads=(1, None), context=(8, None))
+        bounds(
+            self,
+            hidden_size=(8, None),
+            num_layers=(1, None),
+            num_heads=(1, None),
+            num_kv_heads=(1, None),
+            context=(8, None),
+        )
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} must divide by num_heads {self.num_heads}, and that by num_kv_heads {self.num_kv_heads}"
+                f"hidden_size = {self.hidden_size} must divide by num_heads = {self.num_heads}, "
+                f"and num_heads by num_kv_heads = {self.num_kv_heads}"
             )
 
 
@@ -94,7 +103,8 @@ def run(config: Config, run: Run) -> None:
     rank, size = world()
 
     def batches(step: int) -> Sequence[TokenBatch]:
-        return split(to_device(loader.batch(step, rank, size), device), config.fit.micro_batch_size)
+        batch = to_device(loader.batch(step, rank, size), device)
+        return list(chunks(batch, config.fit.micro_batch_size or len(batch.input_ids)))
 
     def evaluate(step: int) -> dict[str, float]:
         for prompt in config.prompts:
@@ -102,17 +112,23 @@ def run(config: Config, run: Run) -> None:
         return heldout_loss(run, model, heldout, config.context)
 
     fit(
-        run, model, partial(objective, model, config.z_loss), batches, config.fit, evaluate=evaluate,
+        run,
+        model,
+        partial(objective, model, config.z_loss),
+        batches,
+        config.fit,
+        evaluate=evaluate,
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(part.input_ids.numel() for part in parts),
-    )  # fmt: skip
+    )
     final = heldout_loss(run, model, heldout, config.context)
     run.result("heldout@1", "bits_per_byte", final["eval/bits_per_byte"], n=heldout.num_tokens)
     run.note(
-        steps=config.fit.steps, num_parameters=model.config.num_parameters(),
-        data={"name": "train_tokenizer shards", "num_documents": train.num_documents, "tokens": train.num_tokens},
+        steps=config.fit.steps,
+        num_parameters=model.config.num_parameters(),
+        data={"name": "train_tokenizer shards", "num_documents": len(train), "tokens": train.num_tokens},
         epochs=config.fit.steps * config.fit.batch_size * config.context / max(1, train.num_tokens),
-    )  # fmt: skip
+    )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
 
@@ -121,23 +137,26 @@ def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     """Return the network's shape for this tokenizer."""
     inner = config.intermediate_size or 32 * math.ceil(config.hidden_size * 8 / 3 / 32)
     return ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=config.hidden_size, intermediate_size=inner,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, max_position_embeddings=max(config.context, 512),
-        rope_theta=config.rope_theta, tie_word_embeddings=config.tie_embeddings, qk_norm=config.qk_norm,
-        attention_bias=config.attention_bias, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=inner,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=max(config.context, 512),
+        rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tie_embeddings,
+        qk_norm=config.qk_norm,
+        attention_bias=config.attention_bias,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
-    )  # fmt: skip
+    )
 
 
-def split(batch: TokenBatch, rows: int) -> list[TokenBatch]:
-    """Return the batch as micro-batches of at most `rows` rows (0: in one piece)."""
-    from trivium.training.rollout import chunks
-
-    return [batch] if rows == 0 else list(chunks(batch, rows))
-
-
-def heldout_loss(run: Run, model: Transformer, heldout: Shards, context: int, rows: int = 32, limit: int = 8) -> dict[str, float]:
+def heldout_loss(
+    run: Run, model: Transformer, heldout: Shards, context: int, rows: int = 32, limit: int = 8
+) -> dict[str, float]:
     """Return loss (nats per token) and bits per byte on the first `limit` batches of the held-out documents."""
     loader = PretrainLoader(heldout, context, rows, seed=0)
     device = next(model.parameters()).device
@@ -159,5 +178,3 @@ def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
     stop = frozenset({tokenizer.eos_id})
     generated = generate(model, [ids], max_new_tokens=60, temperature=0.8, stop_ids=stop, seed=0)[0]
     return tokenizer.decode(generated.token_ids)
-
-

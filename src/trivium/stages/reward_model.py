@@ -24,11 +24,12 @@ from trivium.evals.stats import wilson_interval
 from trivium.losses.pairwise import bradley_terry, plackett_luce
 from trivium.models.heads import ScalarModel, score_at
 from trivium.models.hf import load_model, save_model
-from trivium.preferences.agreement import annotator_ceiling
+from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
+from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
-from trivium.training.judgements import load_judgements
+from trivium.training.judgements import data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 
 
@@ -40,7 +41,7 @@ class Config:
     """The network whose weights are copied under the scalar head."""
     comparisons: Ref = "collect_comparisons@latest"
     """The run whose collection of rankings is learned."""
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[AnnotatorKind, ...] = ()
     """Only judgements of these kinds (human, ai, simulated); empty means all."""
     loss: str = "bradley_terry"
     """`bradley_terry` on derived pairs, or `plackett_luce` on the K-way rankings."""
@@ -77,14 +78,17 @@ def objective(model: ScalarModel, loss: str, batch: PreferenceBatch) -> LossOutp
 def run(config: Config, run: Run) -> None:
     """Train, calibrate and save the reward model; measure it on held-out prompts."""
     tokenizer = Tokenizer.load(run.model("init"))
-    store = Store(run.workspace / "preferences.db")
-    try:
+    collection = run.parent("comparisons").name
+    with Store(run.workspace / "preferences.db") as store:
         judgements = load_judgements(
-            store, run.parent("comparisons").name, tokenizer, kinds=config.kinds,
-            heldout_frac=config.heldout_frac, context=config.context,
-        )  # fmt: skip
-    finally:
-        store.close()
+            store,
+            collection,
+            tokenizer,
+            kinds=config.kinds,
+            heldout_frac=config.heldout_frac,
+            context=config.context,
+            seed=run.seed,
+        )
     device = device_of(run.settings)
     backbone = load_model(run.model("init"), device=device)
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
@@ -93,7 +97,7 @@ def run(config: Config, run: Run) -> None:
     rank, size = world()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
-        rows = loader.rows(step)[rank::size]
+        rows = loader.rows(step, rank, size)
         width = config.fit.micro_batch_size or len(rows)
         return [
             to_device(collate_preferences([train[r] for r in rows[i : i + width]], tokenizer.pad_id), device)
@@ -105,31 +109,38 @@ def run(config: Config, run: Run) -> None:
         return {"eval/accuracy": right / max(pairs, 1)}
 
     fit(
-        run, model, partial(objective, model, config.loss), batches, config.fit, evaluate=evaluate,
+        run,
+        model,
+        partial(objective, model, config.loss),
+        batches,
+        config.fit,
+        evaluate=evaluate,
         flops_per_item=3 * backbone.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
-    )  # fmt: skip
+    )
     right, pairs = count_right(run, model, heldout, tokenizer.pad_id)
     low, high = wilson_interval(right, pairs)
     run.result("pairwise_accuracy@1", "accuracy", right / max(pairs, 1), low=low, high=high, n=pairs)
+    ceiling = agreement(judgements.heldout_rankings, seed=run.seed).ceiling
     mean, std = calibrate(run, model, train, tokenizer.pad_id)
-    kinds = sorted({r.kind for r in judgements.train_rankings})
     run.note(
-        steps=config.fit.steps, num_parameters=sum(p.numel() for p in model.parameters()), kinds=kinds,
-        data={
-            "name": run.parent("comparisons").name, "num_rankings": len(train),
-            "num_pairs": sum(len(collate_preferences([g], 0).pairs) for g in train),
-            "tokens": sum(len(g.prompt_ids) + len(c) for g in train for c in g.completion_ids),
-        },
-        num_heldout_rankings=len(heldout), dropped=judgements.dropped,
-        ceiling=annotator_ceiling(judgements.heldout_rankings, seed=run.seed),
-        reward_mean=mean, reward_std=std,
-    )  # fmt: skip
+        steps=config.fit.steps,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        kinds=judgements.kinds,
+        data=data_facts(collection, train),
+        num_heldout_rankings=len(heldout),
+        dropped=judgements.dropped,
+        ceiling=to_dict(ceiling) if ceiling else None,
+        reward_mean=mean,
+        reward_std=std,
+    )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
 
 
-def score_groups(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> list[tuple[PreferenceBatch, Tensor]]:
+def score_groups(
+    run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int
+) -> list[tuple[PreferenceBatch, Tensor]]:
     """Return batches of the groups with their raw scores, without gradients."""
     device = next(model.parameters()).device
     model.eval()

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def run(config: Config, run: Run) -> None:
     rank, size = world()
 
     def batches(step: int) -> Sequence[TokenBatch]:
-        rows = loader.rows(step)[rank::size]
+        rows = loader.rows(step, rank, size)
         batch = to_device(pad_rows([train[row] for row in rows], tokenizer.pad_id), device)
         return list(chunks(batch, config.fit.micro_batch_size or len(rows)))
 
@@ -82,17 +83,25 @@ def run(config: Config, run: Run) -> None:
         return {"eval/loss": heldout_loss(run, model, heldout, tokenizer)}
 
     fit(
-        run, model, partial(objective, model), batches, config.fit, evaluate=evaluate,
+        run,
+        model,
+        partial(objective, model),
+        batches,
+        config.fit,
+        evaluate=evaluate,
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int((part.input_ids != tokenizer.pad_id).sum()) for part in parts),
-    )  # fmt: skip
+    )
     show_masks(run, tokenizer, train)
     run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
     run.note(
-        steps=config.fit.steps, num_parameters=model.config.num_parameters(), data=facts["data"],
-        skipped_too_long=facts["too_long"], prompt_diversity=facts["diversity"],
+        steps=config.fit.steps,
+        num_parameters=model.config.num_parameters(),
+        data=facts["data"],
+        skipped_too_long=facts["too_long"],
+        prompt_diversity=facts["diversity"],
         epochs=config.fit.steps * config.fit.batch_size / len(train),
-    )  # fmt: skip
+    )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
@@ -100,7 +109,7 @@ def run(config: Config, run: Run) -> None:
 Row = tuple[list[int], list[bool]]
 
 
-def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row], list[Row], dict[str, object]]:
+def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row], list[Row], dict[str, Any]]:
     """Return training rows, held-out rows (split by prompt) and facts about the data.
 
     Raises UserError when no conversation is left on either side.
@@ -110,9 +119,13 @@ def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row]
     prompts: list[Conversation] = []
     too_long = 0
     conversations = load_conversations(
-        config.data, base=run.base, seed=run.seed, options=config.options, strict=run.settings.strict,
+        config.data,
+        base=run.base,
+        seed=run.seed,
+        options=config.options,
+        strict=run.settings.strict,
         quarantine=run.dir / "quarantine.jsonl",
-    )  # fmt: skip
+    )
     for conversation in conversations:
         rendered = render(tokenizer, conversation.messages)
         if len(rendered.input_ids) > config.context + 1:
@@ -123,12 +136,18 @@ def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row]
             prompts.append(Conversation(messages=conversation.messages[:-1]))
     if not train or not heldout:
         raise UserError(
-            f"{len(train)} conversations to train on and {len(heldout)} held out of {', '.join(config.data) or 'no data'} "
-            f"({too_long} longer than context = {config.context}); give more data or a larger context"
+            f"{len(train)} conversations to train on and {len(heldout)} held out of "
+            f"{', '.join(config.data) or 'no data'} ({too_long} longer than context = {config.context}); "
+            "give more data or a larger context"
         )
     tokens = sum(len(ids) for ids, _ in train)
     data = {"name": ", ".join(config.data), "num_conversations": len(train), "tokens": tokens}
-    facts = {"data": data, "too_long": too_long, "samples": prompts[:3], "diversity": prompt_diversity([p.messages[-1].content for p in prompts if p.messages])}
+    facts = {
+        "data": data,
+        "too_long": too_long,
+        "samples": prompts[:3],
+        "diversity": prompt_diversity([p.messages[-1].content for p in prompts if p.messages]),
+    }
     return train, heldout, facts
 
 

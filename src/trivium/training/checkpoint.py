@@ -36,7 +36,14 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(run: Run, step: int, *, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], state: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(
+    run: Run,
+    step: int,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    state: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint of the run after `step` steps; older ones beyond KEEP are removed once it is whole."""
     folder = run.dir / "checkpoints"
     target, aside = folder / f"{step:08d}", folder / f"{step:08d}.tmp"
@@ -50,7 +57,10 @@ def save_checkpoint(run: Run, step: int, *, modules: Mapping[str, nn.Module], op
         for name, optimizer in optimizers.items():
             tensors |= {f"{name}#optimizer/{key}": value for key, value in optimizer.tensors().items()}
         # Cloned, because an optimizer may hold several views of one storage.
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, aside / "tensors.safetensors")
+        save_file(
+            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
+            aside / "tensors.safetensors",
+        )
         facts = {"step": step, "run": run.state(), "state": dict(state or {}), "fingerprint": run.manifest.fingerprint}
         atomic_write(aside / "state.json", json.dumps(facts))
         hashes = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}

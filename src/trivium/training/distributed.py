@@ -44,16 +44,14 @@ def device_of(settings: RunSettings) -> torch.device:
 
 
 def compute_dtype(settings: RunSettings) -> torch.dtype:
-    """Return the dtype of the matrix products: bf16 where the hardware multiplies it natively, else fp32.
-
-    CPUs with AVX-512 BF16 but no AMX gain nothing on the small models that run there, hence the test for AMX.
-    """
+    """Return the dtype of the matrix products: bf16 where the hardware multiplies it natively, else fp32."""
     if settings.precision != "auto":
         return torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if device_of(settings).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has_amx else torch.float32
+    # oneDNN has fast kernels for both AMX and AVX-512 BF16; without either, bf16 on CPU is emulated and slow.
+    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def autocast(settings: RunSettings) -> contextlib.AbstractContextManager[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ from trivium.config import UserError
 from trivium.data.chat import render_prompt
 from trivium.data.collate import PreferenceGroup
 from trivium.data.tokenizer import Tokenizer
+from trivium.preferences.comparisons import ranked_groups, split_by_prompt
 from trivium.preferences.store import Store
-from trivium.records import Completion, Ranking
+from trivium.records import AnnotatorKind, Completion, Ranking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +21,21 @@ class Judgements:
 
     train: tuple[PreferenceGroup, ...]
     heldout: tuple[PreferenceGroup, ...]
-    train_rankings: tuple[Ranking, ...]
     heldout_rankings: tuple[Ranking, ...]
+    kinds: tuple[AnnotatorKind, ...]
     dropped: int
     """Groups left out: no strict preference in them, or longer than the context."""
 
 
 def load_judgements(
-    store: Store, collection: str, tokenizer: Tokenizer, *, kinds: Sequence[str], heldout_frac: float, context: int
+    store: Store,
+    collection: str,
+    tokenizer: Tokenizer,
+    *,
+    kinds: Sequence[AnnotatorKind],
+    heldout_frac: float,
+    context: int,
+    seed: int,
 ) -> Judgements:
     """Return the judgements of a collection as token groups.
 
@@ -36,28 +44,36 @@ def load_judgements(
     rankings = store.rankings(collection, kinds=tuple(kinds) or None)
     if not rankings:
         wanted = " or ".join(kinds) or "any kind"
-        raise UserError(f"no rankings ({wanted}) for {collection} in {store.url}; rank some with `trivium rank` first")
-    sides: tuple[list[tuple[PreferenceGroup, Ranking]], ...] = ([], [])
-    dropped = 0
-    for ranking in rankings:
-        group = _group(store, ranking, tokenizer)
-        longest = len(group.prompt_ids) + max((len(c) for c in group.completion_ids), default=0)
-        if len(set(group.ranks)) < 2 or longest > context:
-            dropped += 1
-            continue
-        sides[_is_heldout(ranking.prompt_id, heldout_frac)].append((group, ranking))
+        raise UserError(f"no rankings ({wanted}) of {collection} in {store.name}; give some with `trivium rank` first")
+    sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
+    prompts = store.prompts({ranking.prompt_id for ranking in rankings})
+    completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
+    encoded = {identity: render_prompt(tokenizer, prompt) for identity, prompt in prompts.items()}
+    tokens = {identity: completion_ids(completion, tokenizer) for identity, completion in completions.items()}
+    kept: list[list[PreferenceGroup]] = []
     for side, name in zip(sides, ("training", "held-out"), strict=True):
-        if not side:
-            raise UserError(
-                f"{collection}: {len(rankings)} rankings leave none for the {name} side "
-                f"({dropped} without a preference or too long); collect more or change heldout_frac"
+        groups = [
+            PreferenceGroup(
+                prompt_ids=encoded[group.prompt_id],
+                completion_ids=[tokens[identity] for identity in group.completion_ids],
+                ranks=list(group.ranks),
+                ref_logprobs=None,
             )
+            for group in ranked_groups(side)
+        ]
+        short = [g for g in groups if len(g.prompt_ids) + max(map(len, g.completion_ids)) <= context]
+        if not short:
+            raise UserError(
+                f"{collection}: {len(rankings)} rankings leave none for the {name} side, without ties and within "
+                f"context = {context} tokens; collect more, or change heldout_frac or context"
+            )
+        kept.append(short)
     return Judgements(
-        train=tuple(g for g, _ in sides[0]),
-        heldout=tuple(g for g, _ in sides[1]),
-        train_rankings=tuple(r for _, r in sides[0]),
-        heldout_rankings=tuple(r for _, r in sides[1]),
-        dropped=dropped,
+        train=tuple(kept[0]),
+        heldout=tuple(kept[1]),
+        heldout_rankings=tuple(sides[1]),
+        kinds=tuple(sorted({ranking.kind for ranking in rankings})),
+        dropped=len(rankings) - len(kept[0]) - len(kept[1]),
     )
 
 
@@ -68,17 +84,12 @@ def completion_ids(completion: Completion, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(completion.text), tokenizer.end_id]
 
 
-def _group(store: Store, ranking: Ranking, tokenizer: Tokenizer) -> PreferenceGroup:
-    ordered = [(identity, rank) for rank, group in enumerate(ranking.groups) for identity in group]
-    return PreferenceGroup(
-        prompt_ids=render_prompt(tokenizer, store.prompt(ranking.prompt_id)),
-        completion_ids=[completion_ids(store.completion(identity), tokenizer) for identity, _ in ordered],
-        ranks=[rank for _, rank in ordered],
-        ref_logprobs=None,
-    )
+def num_pairs(groups: Sequence[PreferenceGroup]) -> int:
+    """Return how many pairs the groups decide."""
+    return sum(a != b for group in groups for a, b in itertools.combinations(group.ranks, 2))
 
 
-def _is_heldout(prompt_id: str, heldout_frac: float) -> bool:
-    """Tell the side of a prompt from a hash of it, so that more judgements never move a prompt across."""
-    digest = hashlib.sha256(f"heldout {prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < heldout_frac * 2**64
+def data_facts(name: str, groups: Sequence[PreferenceGroup]) -> dict[str, object]:
+    """Return what a manifest says about judgements as training data."""
+    tokens = sum(len(g.prompt_ids) + len(c) for g in groups for c in g.completion_ids)
+    return {"name": name, "num_rankings": len(groups), "num_pairs": num_pairs(groups), "tokens": tokens}

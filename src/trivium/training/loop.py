@@ -69,7 +69,7 @@ def graceful_stop() -> Iterator[StopRequest]:
         signal.signal(number, before[number])  # type: ignore[arg-type]
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
             before[number] = signal.getsignal(number)
             signal.signal(number, note)
     except ValueError:  # not the main thread: the embedding program owns the signals
@@ -114,14 +114,15 @@ def fit(
             batches = micro_batches(step)
             scale = lr_scale(config.optim.schedule, step, config.steps)
             model.train()
-            with autocast(run.settings):
-                result = train_step(objective, batches, optimizer, lr_scale=scale)
+            result = train_step(objective, batches, optimizer, lr_scale=scale, precision=autocast(run.settings))
             num_tokens = tokens_in(batches) if tokens_in else 0
             tokens_since += num_tokens
             run.spend(tokens=num_tokens, flops=flops_per_item * num_tokens)
             skipped = skipped + 1 if result.skipped else 0
             if skipped > MAX_SKIPPED:
-                raise UserError(f"{run.id}: the gradient was not finite {skipped} steps in a row; lower the learning rate")
+                raise UserError(
+                    f"{run.id}: the gradient was not finite {skipped} steps in a row; lower the learning rate"
+                )
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 rate = tokens_since / max(time.monotonic() - clock, 1e-9)

@@ -43,7 +43,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         one_of(self, kind=("muon", "adamw"))
-        bounds(self, lr=(0, None), weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), momentum=(0, 1), grad_clip=(0, None))
+        bounds(
+            self, lr=(0, None), weight_decay=(0, None), beta1=(0, 1), beta2=(0, 1), momentum=(0, 1), grad_clip=(0, None)
+        )
 
 
 def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -74,16 +76,23 @@ class Optimizer:
         self.optimizers: list[torch.optim.Optimizer] = []
         if hidden and config.kind == "muon":
             muon = torch.optim.Muon(
-                hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+                hidden,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
                 adjust_lr_fn="match_rms_adamw",
-            )  # fmt: skip
+            )
             self.optimizers.append(muon)
         elif hidden:
             self.optimizers.append(
-                torch.optim.AdamW(hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+                torch.optim.AdamW(
+                    hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+                )
             )
         if rest:
-            self.optimizers.append(torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True))
+            self.optimizers.append(
+                torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+            )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def step(self, lr_scale: float) -> None:

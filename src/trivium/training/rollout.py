@@ -68,10 +68,14 @@ class PromptSet:
         """Load and encode every prompt; raises UserError when there is none."""
         self.prompts: list[Conversation] = list(
             load_prompts(
-                specs, base=run.base, seed=run.seed, options=dict(options), strict=run.settings.strict,
+                specs,
+                base=run.base,
+                seed=run.seed,
+                options=dict(options),
+                strict=run.settings.strict,
                 quarantine=run.dir / "quarantine.jsonl",
             )
-        )  # fmt: skip
+        )
         if not self.prompts:
             raise UserError(f'no prompts in {", ".join(specs) or "nothing"}; each line needs a "prompt" or "messages"')
         self.encoded = [render_prompt(tokenizer, prompt) for prompt in self.prompts]
@@ -98,9 +102,13 @@ def sample(
     model.eval()
     with torch.no_grad():
         return generate_fn(
-            model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            stop_ids=stop_ids, seed=seed,
-        )  # fmt: skip
+            model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_ids=stop_ids,
+            seed=seed,
+        )
 
 
 def to_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
@@ -122,8 +130,9 @@ def to_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[i
 
 def chunks(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
     """Yield the batch in pieces of at most `size` rows."""
-    for rows in torch.arange(len(batch.input_ids)).split(size):
-        yield select_rows(batch, rows)
+    num_rows = len(batch.input_ids)
+    for start in range(0, num_rows, size):
+        yield select_rows(batch, torch.arange(start, min(start + size, num_rows)))
 
 
 def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: float = 1.0, rows: int = 32) -> Tensor:
@@ -145,3 +154,11 @@ def token_columns(tokenizer: Tokenizer, batch: RolloutBatch, row: int, names: Se
     for name in names:
         columns[name] = [round(x, 4) for x in getattr(batch, name)[row][mask].tolist()]
     return columns
+
+
+def log_samples(
+    run: Run, prompts: PromptSet, rows: Sequence[int], texts: Sequence[str], scores: Tensor, step: int
+) -> None:
+    """Log the first three completions of a round with their scores, to look at as the run goes on."""
+    for row, text, score in list(zip(rows, texts, scores.tolist(), strict=True))[:3]:
+        run.sample("rollout", {"prompt": prompts.text(row), "text": text, "score": score}, step)

@@ -6,6 +6,7 @@ batch differently cannot change the result (transformers#34191 is what happens o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,10 +45,20 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def train_step(objective: Objective[B], micro_batches: Sequence[B], optimizer: Optimizer, *, lr_scale: float) -> StepResult:
+def train_step(
+    objective: Objective[B],
+    micro_batches: Sequence[B],
+    optimizer: Optimizer,
+    *,
+    lr_scale: float,
+    precision: contextlib.AbstractContextManager[object] | None = None,
+) -> StepResult:
     """Take one optimizer step over `micro_batches` and return what happened.
 
-    A non-finite gradient moves nothing: the step is skipped and says so.
+    `precision` (re-enterable, as `autocast` gives it) covers one forward pass at a time: the backward pass follows
+    its dtypes by itself, the optimizer works in fp32, and autocast forgets its cast copies of the weights on leaving.
+    Held open over several steps it would go on with the weights of the first. A non-finite gradient moves nothing: the step is skipped
+    and says so.
     """
     total = all_reduce_sum(torch.stack([batch.num_items.float() for batch in micro_batches]).sum())
     # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.
@@ -55,7 +66,8 @@ def train_step(objective: Objective[B], micro_batches: Sequence[B], optimizer: O
     optimizer.zero_grad()
     loss, sums = torch.zeros(()), dict[str, Tensor]()
     for batch in micro_batches:
-        output = objective(batch)
+        with precision or contextlib.nullcontext():
+            output = objective(batch)
         (output.total / divisor).backward()  # type: ignore[no-untyped-call]
         loss = loss + output.total.detach().cpu()
         for name, value in output.metrics.items():

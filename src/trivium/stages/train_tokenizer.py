@@ -1,0 +1,94 @@
+"""Stage train_tokenizer: a vocabulary learned from the corpus, and the corpus as tokens.
+
+Reads   the corpus of data_prep (`train.jsonl`, `heldout.jsonl`).
+Writes  `tokenizer/` (Hugging Face layout, chat template inside), `shards/train` and `shards/heldout` (memory-mapped,
+        checksummed, tied to the tokenizer by its fingerprint); summary: vocabulary, tokens, bytes per token.
+Paper   byte-level BPE (Radford et al. 2019, section 2.2; Sennrich et al., arXiv:1508.07909).
+Watch   bytes per token, held out: below 3 for English the vocabulary is small for the text.
+
+Left out: Unigram and other algorithms; sampling by language.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivium.config import Ref, UserError, bounds
+from trivium.data.shards import write_shards
+from trivium.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train
+from trivium.records import read_jsonl
+from trivium.runs.manifest import Run
+
+BATCH = 256
+"""Documents encoded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The vocabulary's size and what it is learned from."""
+
+    corpus: Ref = "data_prep@latest"
+    """The clean corpus."""
+    vocab_size: int = 4096
+    """Tokens, the 256 bytes and the special ones included."""
+    train_bytes: int = 200_000_000
+    """Learn from this many bytes of the training text at most, from its beginning."""
+
+    def __post_init__(self) -> None:
+        """Refuse a vocabulary that cannot be."""
+        bounds(self, vocab_size=(MIN_VOCAB_SIZE, 2**20), train_bytes=(1, None))
+
+
+def transform(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[list[int], int]]:
+    """Yield, for each text, its ids between BOS and EOS, and its length in UTF-8 bytes."""
+    while batch := list(itertools.islice(texts, BATCH)):
+        for ids, text in zip(tokenizer.encode_documents(batch), batch, strict=True):
+            yield ids, len(text.encode("utf-8", "replace"))
+
+
+def run(config: Config, run: Run) -> None:
+    """Train, save, and write both sides of the corpus as shards."""
+    corpus = run.parent("corpus")
+    tokenizer = train(_limited(_texts(corpus / "train.jsonl"), config.train_bytes), config.vocab_size)
+    tokenizer.save(run.dir / "tokenizer")
+    facts: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
+    for side in ("train", "heldout"):
+        counts = write_shards(
+            run.dir / "shards" / side,
+            transform(tokenizer, _texts(corpus / f"{side}.jsonl")),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+        )
+        facts |= {f"{side}_{key}": counts[key] for key in ("documents", "tokens", "bytes")}
+        facts[f"{side}_bytes_per_token"] = round(counts["bytes"] / counts["tokens"], 4)
+    run.spend(tokens=facts["train_tokens"] + facts["heldout_tokens"])
+    run.note(**facts)
+    _show(tokenizer, corpus, run)
+
+
+def _show(tokenizer: Tokenizer, corpus: Path, run: Run) -> None:
+    """Keep a few held-out texts as their tokens."""
+    for text in itertools.islice(_texts(corpus / "heldout.jsonl"), 5):
+        run.specimen("tokens", {"text": text[:300], "tokens": tokenizer.pieces(tokenizer.encode(text[:300]))})
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a corpus file. Raises UserError when it is missing or empty."""
+    if not path.exists() or not path.stat().st_size:
+        raise UserError(f"{path} is missing or empty; run data_prep first")
+    for row in read_jsonl(path):
+        yield row["text"]
+
+
+def _limited(texts: Iterator[str], limit: int) -> Iterator[str]:
+    """Yield texts until `limit` bytes have gone by."""
+    total = 0
+    for text in texts:
+        yield text
+        total += len(text.encode("utf-8", "replace"))
+        if total >= limit:
+            return

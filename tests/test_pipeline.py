@@ -1,0 +1,188 @@
+"""The pipeline with stages made of a few lines: what is skipped, resumed and redone, and what is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trivium.config import ConfigError, DiskFull, Recipe, UserError, Waiting, load_recipe
+from trivium.pipeline import run_recipe
+from trivium.runs.manifest import read_manifest
+
+STAGE = '''
+"""A stage of the test's own: copies its text, and its parent's, into a file."""
+from dataclasses import dataclass
+from pathlib import Path
+import errno
+from trivium.config import InputPath, Ref, Waiting
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings."""
+    text: str = "x"
+    parent: Ref = ""
+    source: InputPath = ""
+
+def transform(text):
+    """Return the text."""
+    return text
+
+def run(config, run):
+    """Write the text."""
+    if (run.workspace / "fail").exists():
+        raise OSError(errno.ENOSPC, "No space left on device", str(run.dir / "text.txt"))
+    if (run.workspace / "wait").exists():
+        raise Waiting("two rankings to give")
+    with (run.workspace / "calls.txt").open("a") as calls:
+        calls.write(run.manifest.table + "\\n")
+    before = (run.parent("parent") / "text.txt").read_text() if config.parent else ""
+    (run.dir / "text.txt").write_text(before + config.text)
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a stage module that can be imported, and a file to read."""
+    (tmp_path / "copy_stage_for_test.py").write_text(STAGE)
+    (tmp_path / "source.txt").write_text("one")
+    sys.path.insert(0, str(tmp_path))
+    yield tmp_path
+    sys.path.remove(str(tmp_path))
+    sys.modules.pop("copy_stage_for_test", None)
+
+
+def recipe(place: Path, *, first: str = 'text = "a"', second: str = "", seed: int = 0) -> Recipe:
+    """Return a recipe of two stages, the second after the first."""
+    path = place / "recipe.toml"
+    path.write_text(
+        f'[run]\nseed = {seed}\n[first]\nstage = "copy_stage_for_test"\nsource = "source.txt"\n{first}\n'
+        f'[second]\nstage = "copy_stage_for_test"\nparent = "first@latest"\n{second}\n'
+    )
+    return load_recipe(path)
+
+
+def calls(place: Path) -> list[str]:
+    """Return which stages ran, in order, since the last look."""
+    path = place / "w" / "calls.txt"
+    lines = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_done_is_skipped_and_a_change_redoes_what_needs_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Second run: nothing. Second stage changed: only it. First changed: both, and the reason is named."""
+    workspace = place / "w"
+    done = run_recipe(recipe(place), workspace=workspace)
+    assert calls(place) == ["first", "second"]
+    assert (workspace / "second" / done["second"].run_id / "text.txt").read_text() == "ax"
+    run_recipe(recipe(place), workspace=workspace)
+    assert calls(place) == []
+    run_recipe(recipe(place, second='text = "b"'), workspace=workspace)
+    assert calls(place) == ["second"]
+    assert "config text: x -> b" in capsys.readouterr().err
+    run_recipe(recipe(place, first='text = "c"'), workspace=workspace)
+    assert calls(place) == ["first", "second"]
+    # Back to the first recipe: both results are still there.
+    run_recipe(recipe(place), workspace=workspace)
+    assert calls(place) == []
+
+
+def test_one_changed_byte_of_input_and_another_seed_redo_all(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The input is hashed, not dated: same size, one byte changed."""
+    run_recipe(recipe(place), workspace=place / "w")
+    calls(place)
+    (place / "source.txt").write_text("onf")
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+    assert "input source.txt changed" in capsys.readouterr().err
+    run_recipe(recipe(place, seed=1), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+
+
+def test_a_damaged_artifact_is_named_and_made_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run whose file was changed behind its back is not trusted."""
+    done = run_recipe(recipe(place), workspace=place / "w")
+    (place / "w" / "first" / done["first"].run_id / "text.txt").write_text("b")
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place)[2:] == ["first"]
+    assert "text.txt is not what the run wrote" in capsys.readouterr().err
+
+
+def test_only_runs_the_named_table(place: Path) -> None:
+    """And needs its parent done."""
+    with pytest.raises(ConfigError, match="no finished run of 'first'.*run that stage first"):
+        run_recipe(recipe(place), workspace=place / "w", only=["second"])
+    run_recipe(recipe(place), workspace=place / "w", only=["first"])
+    run_recipe(recipe(place), workspace=place / "w", only=["second"])
+    assert calls(place) == ["first", "second"]
+
+
+def test_a_full_disk_names_the_path_and_keeps_what_is_done(place: Path) -> None:
+    """Exit code 5; once there is space the same command goes on."""
+    run_recipe(recipe(place), workspace=place / "w", only=["first"])
+    (place / "w" / "fail").touch()
+    with pytest.raises(DiskFull, match="no space left") as failure:
+        run_recipe(recipe(place), workspace=place / "w")
+    assert failure.value.exit_code == 5
+    assert "text.txt" in str(failure.value)
+    (place / "w" / "fail").unlink()
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+
+
+def test_waiting_for_people_is_not_a_failure(place: Path) -> None:
+    """The manifest says waiting; the next run goes on from there."""
+    (place / "w").mkdir()
+    (place / "w" / "wait").touch()
+    with pytest.raises(Waiting) as waiting:
+        run_recipe(recipe(place), workspace=place / "w")
+    assert waiting.value.exit_code == 3
+    manifest = read_manifest(next((place / "w" / "first").iterdir()))
+    assert manifest is not None and (manifest.status, manifest.message) == ("waiting", "two rankings to give")
+    (place / "w" / "wait").unlink()
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ('txt = "a"', r"recipe.toml \[first\]: unknown key 'txt'; did you mean 'text'"),
+        ("text = 3", r"recipe.toml \[first\] text = 3: expected str"),
+        ('parent = "nobody@latest"', "no finished run of 'nobody'"),
+        ('parent = "./no/such"', "no Hugging Face model folder at .*no/such"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_before_any_work(place: Path, first: str, message: str) -> None:
+    """The file, the table, the key and the way out."""
+    with pytest.raises(ConfigError, match=message):
+        run_recipe(recipe(place, first=first), workspace=place / "w")
+    assert calls(place) == []
+
+
+def test_missing_things_are_named(place: Path) -> None:
+    """A recipe, a stage, an input, a table."""
+    with pytest.raises(ConfigError, match="no recipe at"):
+        load_recipe(place / "none.toml")
+    path = place / "bad.toml"
+    path.write_text("[sftt]\n")
+    with pytest.raises(ConfigError, match="no stage 'sftt'; did you mean 'sft'"):
+        run_recipe(load_recipe(path), workspace=place / "w")
+    (place / "source.txt").unlink()
+    with pytest.raises(ConfigError, match=r"\[first\] source: no file or folder .*source.txt"):
+        run_recipe(recipe(place), workspace=place / "w")
+    with pytest.raises(ConfigError, match=r"has no table \[third\]"):
+        run_recipe(recipe(place), workspace=place / "w", only=["third"])
+
+
+def test_two_pipelines_never_share_a_workspace(place: Path) -> None:
+    """The second one is told who holds it."""
+    (place / "w").mkdir()
+    with (place / "w" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another trivium process works in"):
+            run_recipe(recipe(place), workspace=place / "w")
