@@ -1,7 +1,7 @@
 """Configuration: a TOML recipe becomes frozen dataclasses, and every mistake one clear sentence.
 
-A recipe's first table is `[run]` (name, seed, device, threads, precision); each further table is a stage, in the order
-of the pipeline. A table may name its stage with `stage = "..."` when one stage is used twice, or when the stage is
+A recipe's first table is `[run]` (name, seed, device, threads, precision); `[paths]` names folders, which strings use as
+`{name}`; each further table is a stage, in the order of the pipeline. A table may name its stage with `stage = "..."` when one stage is used twice, or when the stage is
 code of your own (`stage = "my_package.my_stage"`).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 import tomllib
 import types
 import typing
@@ -116,6 +117,7 @@ def load_recipe(path: Path) -> Recipe:
     if loose:
         raise ConfigError(f"{path}: {loose[0]!r} stands outside any table; move it under [run] or a stage")
     settings = build(RunSettings, tables.pop("run", {}), where=f"{path} [run]")
+    tables = _fill_paths(tables, tables.pop("paths", {}), where=str(path))
     stages = []
     for table, values in tables.items():
         values = dict(values)
@@ -123,6 +125,21 @@ def load_recipe(path: Path) -> Recipe:
     if not stages:
         raise ConfigError(f"{path} has no stage; add a table such as [pretrain]")
     return Recipe(path=path, base=path.resolve().parent, settings=settings, stages=tuple(stages))
+
+
+def _fill_paths(value: Any, paths: Mapping[str, Any], *, where: str) -> Any:
+    """Return `value` with every `{name}` in its strings replaced by what `[paths]` calls so."""
+    if isinstance(value, Mapping):
+        return {key: _fill_paths(item, paths, where=where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill_paths(item, paths, where=where) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in re.findall(r"\{(\w+)\}", value):
+        if name not in paths:
+            raise ConfigError(f"{where}: {value!r} uses {{{name}}}, which [paths] does not name{suggest(name, paths)}")
+        value = value.replace(f"{{{name}}}", str(paths[name]))
+    return value
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:

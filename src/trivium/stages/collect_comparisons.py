@@ -166,13 +166,13 @@ def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) 
     annotators: list[Annotator] = list(load_attribute(config.annotators)(run.seed))
     if len(annotators) < config.overlap:
         raise UserError(f"overlap = {config.overlap}, but {config.annotators} has {len(annotators)} annotators")
-    given: list[tuple[Ranking, str]] = []
+    given: list[tuple[Ranking, str, str]] = []
     with run.progress("ranking", len(tasks)) as advance:
         for number, (prompt, completions) in enumerate(tasks):
             rng = np.random.default_rng([run.seed, 11, number])
             for index in rng.permutation(len(annotators))[: config.overlap]:
                 ranking = transform(annotators[index], prompt, completions, rng)
-                given.append((ranking, f"{run.id}/{prompt.id}/{ranking.annotator}"))
+                given.append((ranking, f"{run.id}/{prompt.id}/{ranking.annotator}", ""))
             advance()
     store.submit_many(given, run.id)
 
@@ -197,17 +197,16 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
         placed = tuple(tuple(completions[i].id for i in group) for group in groups)
         ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind="human")
         pending.append(((prompt, completions), ranking))
-    for task, ranking in pending:
-        # A prompt may come with several sets of responses, so the ranking names its task.
-        stored = store.add_tasks(run.id, [task], overlap=config.overlap)
-        store.submit(ranking, run.id, idempotency_key=f"{run.id}/{stored[0].id}/{ranking.id}", task=stored[0].id)
+    # A prompt may come with several sets of responses, so each ranking names its task.
+    stored = store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
+    given = [(ranking, f"{task.id}/{ranking.id}", task.id) for task, (_, ranking) in zip(stored, pending, strict=True)]
+    store.submit_many(given, run.id)
 
 
 def summarise(config: Config, run: Run, store: Store) -> None:
     """Write counts, agreement and specimens; raises Waiting while people still have prompts to rank."""
     rankings = store.rankings(run.id)
-    progress = store.progress(run.id)
-    open_tasks = progress.tasks - progress.done
+    open_tasks = store.progress(run.id).waiting
     run.note(collection=run.id)
     if config.annotators == "people" and config.prompts and open_tasks:
         raise Waiting(

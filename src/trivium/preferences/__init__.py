@@ -1,0 +1,1 @@
+"""Human and AI judgements, in a database; no torch."""

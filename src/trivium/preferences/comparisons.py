@@ -1,0 +1,101 @@
+"""What follows from rankings: pairs, ranked groups for training, and a split in which no prompt is on both sides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from trivium.records import Comparison, Completion, Conversation, Ranking, content_id
+
+
+def derive(ranking: Ranking) -> list[tuple[str, str]]:
+    """Return (chosen, rejected) completion ids for every pair that the ranking decides; ties decide nothing.
+
+    [[a], [b, c]] gives (a, b), (a, c). A ranking "none acceptable" without an order gives no pair.
+    """
+    return [
+        (chosen, rejected)
+        for better, worse in itertools.combinations(ranking.groups, 2)
+        for chosen in better
+        for rejected in worse
+    ]
+
+
+def comparisons(
+    rankings: Iterable[Ranking],
+    prompts: Mapping[str, Conversation],
+    completions: Mapping[str, Completion],
+) -> Iterator[Comparison]:
+    """Yield every decided pair with its texts, for exporters and specimens."""
+    for ranking in rankings:
+        for chosen, rejected in derive(ranking):
+            yield Comparison(
+                prompt=prompts[ranking.prompt_id],
+                chosen=completions[chosen],
+                rejected=completions[rejected],
+                ranking_id=ranking.id,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedGroup:
+    """One annotator's ranking as training wants it: ids and, parallel to them, ranks (0 is best, ties share one)."""
+
+    prompt_id: str
+    completion_ids: tuple[str, ...]
+    ranks: tuple[int, ...]
+    annotator: str
+    kind: str
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of decided pairs; a loss over all of them weighs each by 1 / num_pairs (InstructGPT 3.5)."""
+        return sum(a != b for a, b in itertools.combinations(self.ranks, 2))
+
+
+def ranked_groups(rankings: Iterable[Ranking]) -> list[RankedGroup]:
+    """Return one group per ranking that decides at least one pair, in the order given.
+
+    All pairs of a ranking stay together: shuffled apart, they overfit within one epoch (InstructGPT 3.5).
+    """
+    groups = []
+    for ranking in rankings:
+        if len(ranking.groups) < 2:
+            continue
+        placed = [(name, rank) for rank, group in enumerate(ranking.groups) for name in sorted(group)]
+        groups.append(
+            RankedGroup(
+                prompt_id=ranking.prompt_id,
+                completion_ids=tuple(name for name, _ in placed),
+                ranks=tuple(rank for _, rank in placed),
+                annotator=ranking.annotator,
+                kind=ranking.kind,
+            )
+        )
+    return groups
+
+
+def heldout_prompts(prompt_ids: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
+    """Return the prompts to be held out: round(fraction * prompts) of them, and at least one on each side if two exist.
+
+    Chosen by hash, so that neither order nor repetition matters and new prompts hardly move old ones.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
+    ids = sorted(set(prompt_ids), key=lambda name: content_id("heldout", seed, name))
+    wanted = round(fraction * len(ids))
+    if fraction > 0 and len(ids) >= 2:
+        wanted = min(max(wanted, 1), len(ids) - 1)
+    return frozenset(ids[:wanted])
+
+
+def split_by_prompt(
+    rankings: Sequence[Ranking], *, fraction: float = 0.1, seed: int = 0
+) -> tuple[list[Ranking], list[Ranking]]:
+    """Return (training, held-out) rankings; all judgements of a prompt are on the same side."""
+    heldout = heldout_prompts((ranking.prompt_id for ranking in rankings), fraction, seed)
+    return (
+        [ranking for ranking in rankings if ranking.prompt_id not in heldout],
+        [ranking for ranking in rankings if ranking.prompt_id in heldout],
+    )

@@ -1,0 +1,329 @@
+"""The Store: prompts, completions, tasks, rankings, skips and demonstrations in one database."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from trivium.config import UserError
+from trivium.preferences.store import export, rows, schema
+from trivium.preferences.store.judgements import Refused, Task, UnknownTask, check_annotator, distinct, task_id
+from trivium.preferences.store.submission import submit
+from trivium.records import AnnotatorKind, Completion, Conversation, Demonstration, Ranking
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a collection is: `done` tasks have all the judgements wanted of this kind.
+
+    `waiting` tasks lack some even when every skip counts as an answer: what a pipeline should still wait for, since a
+    task that all its annotators passed on will never be done.
+    """
+
+    tasks: int
+    done: int
+    waiting: int
+    rankings: int
+    skips: int
+    mean_seconds: float
+
+
+class Store:
+    """The preference database at a path (SQLite) or URL (`postgresql://…`), made if it is missing.
+
+    Safe to share between threads and, by the database's own locks, between processes. Adding what is there already
+    changes nothing, so a stage that was killed can simply run again. Raises UserError where the database cannot be
+    opened, is not ours, or is of another schema version; with `create=False` also where it does not exist.
+    """
+
+    def __init__(self, location: str | Path, *, create: bool = True) -> None:
+        """Open the database and check its schema."""
+        self._engine = schema.make_engine(location)
+        self.name = self._engine.url.render_as_string(hide_password=True).removeprefix("sqlite:///")
+        # SQLite has one writer; threads that wait for a lock of ours wake at once, where the database's own would poll.
+        self._writer = threading.RLock()
+        if self._engine.dialect.name == "sqlite":
+            file = Path(self._engine.url.database or "")
+            if not create and not file.is_file():
+                raise UserError(f"there is no preference database at {file}; collect responses to compare first")
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            schema.prepare(self._engine, self.name)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        """Return itself, to be closed at the end of a `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all connections."""
+        self.close()
+
+    # ---- what is asked ----
+
+    def add_prompts(self, prompts: Iterable[Conversation]) -> None:
+        """Store prompts by content id; those that are there already stay as they are."""
+        with self._write() as connection:
+            rows.insert_new(connection, schema.prompts, map(rows.from_prompt, prompts))
+
+    def add_completions(self, completions: Iterable[Completion]) -> None:
+        """Store completions by content id; their prompts must be there. Raises UserError otherwise."""
+        with self._write() as connection:
+            rows.insert_completions(connection, completions)
+
+    def add_tasks(
+        self,
+        collection: str,
+        items: Iterable[tuple[Conversation, Sequence[Completion]]],
+        *,
+        overlap: int = 1,
+    ) -> list[Task]:
+        """Store one task per (prompt, completions) with all they hold, and return the tasks in that order.
+
+        Equal completions are asked about once; a prompt left with fewer than two has nothing to rank, so it makes no
+        task: the difference in length tells the caller how many. `overlap` annotators of a kind are wanted per task.
+        """
+        if overlap < 1:
+            raise UserError(f"overlap must be at least 1 annotator, got {overlap}")
+        wanted = [(prompt, distinct(completions, prompt.id)) for prompt, completions in items]
+        wanted = [(prompt, found) for prompt, found in wanted if len(found) >= 2]
+        ids = {task_id(collection, prompt.id, found): (prompt.id, list(found)) for prompt, found in wanted}
+        with self._write() as connection:
+            rows.insert_new(connection, schema.prompts, (rows.from_prompt(prompt) for prompt, _ in wanted))
+            rows.insert_completions(connection, (c for _, found in wanted for c in found.values()))
+            known = {row["id"] for row in rows.by_ids(connection, schema.tasks, ids)}
+            last = sa.select(sa.func.max(schema.tasks.c.position)).where(schema.tasks.c.collection == collection)
+            highest = connection.scalar(last)
+            start = 0 if highest is None else highest + 1
+            new = [(name, *about) for name, about in ids.items() if name not in known]
+            values = [
+                {
+                    "id": name,
+                    "collection": collection,
+                    "position": start + number,
+                    "prompt_id": prompt_id,
+                    "completion_ids": completion_ids,
+                    "overlap": overlap,
+                    "created_at": rows.now(),
+                }
+                for number, (name, prompt_id, completion_ids) in enumerate(new)
+            ]
+            rows.insert_new(connection, schema.tasks, values)
+            stored = {row["id"]: rows.to_task(row) for row in rows.by_ids(connection, schema.tasks, ids)}
+        return [stored[name] for name in ids]
+
+    def tasks(self, collection: str | None = None, *, kind: AnnotatorKind = "human") -> list[Task]:
+        """Return the tasks of a collection (None: of all), in order, with the judgements of `kind` each has."""
+        with self._read() as connection:
+            query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
+            return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+
+    def task(self, identifier: str, *, kind: AnnotatorKind = "human") -> Task:
+        """Return one task. Raises UnknownTask."""
+        with self._read() as connection:
+            query = rows.tasks_with_counts(kind).where(schema.tasks.c.id == identifier)
+            row = connection.execute(query).mappings().first()
+        if row is None:
+            raise UnknownTask(f"there is no task {identifier[:40]!r}; reload the page for the next one")
+        return rows.to_task(row)
+
+    def open_tasks(self, collection: str | None, annotator: str, kind: AnnotatorKind = "human") -> list[Task]:
+        """Return the tasks that still want a judgement of `kind` and that this annotator has not judged or skipped."""
+        check_annotator(annotator, kind)
+        query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
+        for table in (schema.rankings, schema.skips):
+            theirs = (table.c.annotator == annotator) & (table.c.kind == kind)
+            query = query.where(~sa.exists().where(table.c.task_id == schema.tasks.c.id, theirs))
+        with self._read() as connection:
+            found = [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+        return [task for task in found if task.judgements < task.overlap]
+
+    # ---- what is answered ----
+
+    def submit(
+        self,
+        ranking: Ranking,
+        collection: str,
+        idempotency_key: str = "",
+        *,
+        task: str = "",
+        revise: bool = False,
+    ) -> bool:
+        """Store a judgement and return True; or return False where it is a repeat of one already stored.
+
+        A repeat has the same key or, from the same annotator about the same task, the same content. `task` names the
+        task where a prompt has several; a changed mind needs `revise` and becomes a row of its own.
+        Raises Refused (nothing is stored) for a ranking that does not place the task's completions, each once.
+        """
+        with self._write() as connection:
+            return submit(connection, ranking, collection, idempotency_key, task, revise)
+
+    def submit_many(self, rankings: Iterable[tuple[Ranking, str, str]], collection: str) -> int:
+        """Store (ranking, idempotency key, task) in one transaction, all or none, and return how many were new.
+
+        The task may be empty where a prompt has only one.
+        """
+        with self._write() as connection:
+            return sum(submit(connection, ranking, collection, key, task) for ranking, key, task in rankings)
+
+    def skip(self, task: str, annotator: str, kind: AnnotatorKind, reason: str) -> bool:
+        """Record that an annotator passes on a task, and why; return False where they already had."""
+        check_annotator(annotator, kind)
+        if not reason.strip():
+            raise Refused("a skip needs a reason")
+        row = {"task_id": task, "annotator": annotator, "kind": kind, "reason": reason, "created_at": rows.now()}
+        with self._write() as connection:
+            if not rows.by_ids(connection, schema.tasks, [task]):
+                raise UnknownTask(f"there is no task {task[:40]!r}; reload the page for the next one")
+            return rows.insert_one(connection, schema.skips, row)
+
+    def add_demonstration(self, demonstration: Demonstration) -> bool:
+        """Store the ideal response that a person wrote, with its prompt; return False where it is there already."""
+        if not demonstration.response.strip():
+            raise Refused("the ideal response is empty")
+        check_annotator(demonstration.annotator, "human")
+        row = {
+            "id": demonstration.id,
+            "prompt_id": demonstration.prompt.id,
+            "response": demonstration.response,
+            "annotator": demonstration.annotator,
+            "created_at": rows.now(),
+        }
+        with self._write() as connection:
+            rows.insert_new(connection, schema.prompts, [rows.from_prompt(demonstration.prompt)])
+            return rows.insert_one(connection, schema.demonstrations, row)
+
+    # ---- what is known ----
+
+    def rankings(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Ranking]:
+        """Return the valid judgements (the last revision of each), of these kinds of annotator (None: of all).
+
+        The order is that of tasks and annotators, not that of arrival: a re-run yields the same list.
+        """
+        return [rows.to_ranking(row) for row in self.ranking_rows(collection, kinds)]
+
+    def ranking_rows(
+        self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the same as `rankings`, as rows with their task, collection, revision and time."""
+        table, tasks = schema.rankings, schema.tasks
+        query = sa.select(table, tasks.c.prompt_id, tasks.c.collection, tasks.c.completion_ids)
+        query = query.join(tasks, tasks.c.id == table.c.task_id)
+        query = query.order_by(tasks.c.collection, tasks.c.position, table.c.kind, table.c.annotator, table.c.revision)
+        if kinds is not None:
+            query = query.where(table.c.kind.in_(kinds))
+        with self._read() as connection:
+            found = connection.execute(rows.within(query, collection)).mappings().all()
+        # Later revisions come later and replace, in place, what came before.
+        latest = {(row["task_id"], row["kind"], row["annotator"]): row for row in found}
+        return [dict(row) for row in latest.values()]
+
+    def prompts(self, ids: Iterable[str]) -> dict[str, Conversation]:
+        """Return the prompts by id. Raises UserError naming one that is missing."""
+        with self._read() as connection:
+            return {row["id"]: rows.to_prompt(row) for row in rows.all_by_ids(connection, schema.prompts, ids)}
+
+    def completions(self, ids: Iterable[str]) -> dict[str, Completion]:
+        """Return the completions by id. Raises UserError naming one that is missing."""
+        with self._read() as connection:
+            return {row["id"]: rows.to_completion(row) for row in rows.all_by_ids(connection, schema.completions, ids)}
+
+    def prompt(self, identifier: str) -> Conversation:
+        """Return one prompt. Raises UserError when it is missing."""
+        return self.prompts([identifier])[identifier]
+
+    def completion(self, identifier: str) -> Completion:
+        """Return one completion. Raises UserError when it is missing."""
+        return self.completions([identifier])[identifier]
+
+    def demonstrations(self) -> list[Demonstration]:
+        """Return all demonstrations, in the order of their ids."""
+        with self._read() as connection:
+            query = sa.select(schema.demonstrations).order_by(schema.demonstrations.c.id)
+            found = connection.execute(query).mappings().all()
+        prompts = self.prompts(row["prompt_id"] for row in found)
+        return [
+            Demonstration(prompt=prompts[row["prompt_id"]], response=row["response"], annotator=row["annotator"])
+            for row in found
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows of each table, by its name."""
+        tables = [table for table in schema.metadata.sorted_tables if table is not schema.schema_version]
+        with self._read() as connection:
+            return {t.name: connection.scalar(sa.select(sa.func.count()).select_from(t)) or 0 for t in tables}
+
+    def progress(
+        self, collection: str | None = None, kind: AnnotatorKind = "human", annotator: str | None = None
+    ) -> Progress:
+        """Return how far a collection is with judgements of `kind`; of one annotator alone where named.
+
+        For an annotator, `done` counts the tasks they have judged; `mean_seconds` is their pace (0 before the first).
+        """
+        tasks = self.tasks(collection, kind=kind)
+        answers, skips = schema.rankings, schema.skips
+        given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(schema.tasks))
+        given = given.where(answers.c.kind == kind, answers.c.revision == 0)
+        passed = sa.select(skips.c.task_id, skips.c.annotator).select_from(skips.join(schema.tasks))
+        passed = passed.where(skips.c.kind == kind)
+        if annotator is not None:
+            given = given.where(answers.c.annotator == annotator)
+        with self._read() as connection:
+            number, pace = connection.execute(rows.within(given, collection)).one()
+            skipped = connection.execute(rows.within(passed, collection)).all()
+        passes = Counter(task for task, _ in skipped)
+        return Progress(
+            tasks=len(tasks),
+            done=number if annotator is not None else sum(t.judgements >= t.overlap for t in tasks),
+            waiting=sum(t.judgements + passes[t.id] < t.overlap for t in tasks),
+            rankings=number,
+            skips=sum(annotator in (None, who) for _, who in skipped),
+            mean_seconds=float(pace or 0.0),
+        )
+
+    def digest(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> str:
+        """Return the SHA-256 of what `rankings` says: equal judgements, equal digest, whenever they were given."""
+        return export.digest(self.rankings(collection, kinds))
+
+    def export_jsonl(
+        self, path: Path, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None
+    ) -> int:
+        """Write the rankings as JSON Lines in the field's schema and return how many there were."""
+        found = self.ranking_rows(collection, kinds)
+        prompts = self.prompts(row["prompt_id"] for row in found)
+        completions = self.completions(name for row in found for name in row["completion_ids"])
+        return export.write(path, found, prompts, completions)
+
+    # ---- the database ----
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except schema.OUR_ERRORS:
+            raise
+        except schema.DATABASE_ERRORS as error:
+            raise schema.explain(error, self.name) from error
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._explained(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        options = {"trivium_writes": True}
+        with self._explained(), self._writer, self._engine.connect().execution_options(**options) as connection:
+            with connection.begin():
+                yield connection

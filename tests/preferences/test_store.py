@@ -1,0 +1,341 @@
+import concurrent.futures
+import json
+import os
+import pwd
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from trivium.config import DiskFull, UserError
+from trivium.preferences.store import AlreadyJudged, Refused, Store, UnknownTask, schema
+from trivium.records import Completion, Conversation, Demonstration, Message, Ranking
+
+NASTY = "<script>alert(1)</script> \x00 \ud800 \u202e 😀"
+
+
+def ask(text, answers=("a", "b", "c", "d"), policy="sft-1@9"):
+    prompt = Conversation(messages=(Message(role="user", content=text),), source="test", meta={"check": {"n": 1}})
+    return prompt, [
+        Completion(prompt_id=prompt.id, text=f"{text} {a}", token_ids=(1, 2), logprobs=(-0.5, -1.25), policy=policy)
+        for a in answers
+    ]
+
+
+def rank(task, order=(0, 1, 2, 3), annotator="ann", kind="human", **more):
+    ids = task.completion_ids
+    groups = tuple((ids[i],) if isinstance(i, int) else tuple(ids[j] for j in i) for i in order)
+    return Ranking(prompt_id=task.prompt_id, groups=groups, annotator=annotator, kind=kind, **more)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    if not shutil.which("postgres") or not shutil.which("initdb"):
+        pytest.skip("postgres is not installed")
+    # The server refuses to run as root, and cannot enter pytest's private folders as anybody else.
+    who = {"user": pwd.getpwnam("postgres").pw_uid} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="trivium-pg-"))
+    if who:
+        os.chown(folder, who["user"], -1)
+    init = ["initdb", "-D", folder / "data", "-U", "trivium", "-A", "trust", "-N"]
+    made = subprocess.run(init, capture_output=True, text=True, cwd=folder, **who)
+    assert made.returncode == 0, made.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["postgres", "-D", folder / "data", "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
+    server = subprocess.Popen(start, stderr=subprocess.DEVNULL, cwd=folder, **who)
+    url = f"postgresql://trivium@127.0.0.1:{port}/postgres"
+    for _ in range(100):
+        try:
+            Store(url).close()
+            break
+        except UserError:
+            time.sleep(0.1)
+    yield url
+    server.terminate()
+    server.wait(20)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path):
+    if request.param == "sqlite":
+        location = tmp_path / "a folder" / "preferences.db"
+    else:
+        location = request.getfixturevalue("postgres")
+        engine = schema.make_engine(location)
+        schema.metadata.drop_all(engine)
+        engine.dispose()
+    with Store(location) as opened:
+        yield opened
+
+
+def test_adding_twice_changes_nothing_and_survives_any_text(store):
+    items = [ask("one"), ask(NASTY)]
+    first = store.add_tasks("run-1", items, overlap=2)
+    before = store.counts()
+    assert store.add_tasks("run-1", items[:1]) + store.add_tasks("run-1", items[1:]) == first
+    assert store.counts() == before
+    assert before["prompts"] == 2 and before["completions"] == 8 and before["tasks"] == 2
+    assert [t.position for t in first] == [0, 1] and first[0].overlap == 2
+    prompt, answers = items[1]
+    assert store.prompt(prompt.id) == prompt
+    assert store.completions(first[1].completion_ids) == {a.id: a for a in answers}
+    assert [t.collection for t in store.add_tasks("run-2", items)] == ["run-2", "run-2"]
+    assert store.tasks("run-1") == first
+    assert len(store.tasks()) == 4
+
+
+def test_equal_completions_are_asked_about_once(store):
+    tasks = store.add_tasks("c", [ask("p", "aab"), ask("q", "aaa")])
+    assert [len(t.completion_ids) for t in tasks] == [2]
+    other = ask("other")[1]
+    with pytest.raises(Refused, match="answers prompt"):
+        store.add_tasks("c", [(ask("p")[0], other)])
+
+
+def test_a_ranking_comes_back_as_given(store):
+    (task,) = store.add_tasks("c", [ask("p")])
+    shown = tuple(reversed(task.completion_ids))
+    given = rank(task, (2, (0, 3), 1), rationale=NASTY, seconds=3.5, order_shown=shown)
+    assert store.submit(given, "c", "key-1") is True
+    assert store.rankings("c") == [given]
+    assert store.rankings("c")[0].id == given.id
+    assert store.rankings("elsewhere") == []
+
+
+def test_retry_is_stored_once_and_a_changed_mind_is_a_revision(store):
+    (task,) = store.add_tasks("c", [ask("p")])
+    first, second = rank(task), rank(task, (3, 2, 1, 0))
+    assert store.submit(first, "c", "k1") is True
+    assert store.submit(first, "c", "k1") is False
+    assert store.submit(first, "c", "k2") is False
+    with pytest.raises(Refused, match="used for a different"):
+        store.submit(second, "c", "k1")
+    with pytest.raises(AlreadyJudged):
+        store.submit(second, "c", "k3")
+    assert store.rankings() == [first]
+    assert store.submit(second, "c", "k3", revise=True) is True
+    assert store.rankings() == [second]
+    assert store.counts()["rankings"] == 2
+    assert store.submit(second, "c", "k3", revise=True) is False
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: {"groups": r.groups[:-1]}, "1 of 4 responses are not ranked"),
+        (lambda r: {"groups": (*r.groups, r.groups[0])}, "ranked 2 times"),
+        (lambda r: {"groups": (("nonsense",), *r.groups[1:])}, "not among those"),
+        (lambda r: {"groups": (*r.groups, ())}, "empty place"),
+        (lambda r: {"groups": r.groups[:2], "none_acceptable": True}, "2 of 4"),
+        (lambda r: {"groups": ()}, "4 of 4"),
+        (lambda r: {"kind": "robot"}, "kind 'robot'"),
+        (lambda r: {"annotator": " "}, "name"),
+        (lambda r: {"annotator": "x\n"}, "name"),
+        (lambda r: {"seconds": float("nan")}, "seconds"),
+        (lambda r: {"seconds": -1.0}, "seconds"),
+        (lambda r: {"order_shown": r.groups[0]}, "order_shown"),
+        (lambda r: {"rationale": "x" * 20_001}, "rationale"),
+    ],
+)
+def test_what_is_no_ranking_of_the_task_is_refused_and_not_stored(tmp_path, change, reason):
+    with Store(tmp_path / "p.db") as store:
+        (task,) = store.add_tasks("c", [ask("p")])
+        good = rank(task)
+        fields = {name: getattr(good, name) for name in ("prompt_id", "groups", "annotator", "kind")}
+        with pytest.raises(Refused, match=reason):
+            store.submit(Ranking(**{**fields, **change(good)}), "c")
+        assert store.counts()["rankings"] == 0
+
+
+def test_none_acceptable_with_and_without_an_order(store):
+    one, two = store.add_tasks("c", [ask("p"), ask("q")])
+    assert store.submit(rank(one, (), none_acceptable=True), "c")
+    assert store.submit(rank(two, none_acceptable=True), "c")
+    assert [len(r.groups) for r in store.rankings("c")] == [0, 4]
+
+
+def test_unknown_tasks_are_refused(store):
+    (task,) = store.add_tasks("c", [ask("p")])
+    with pytest.raises(UnknownTask):
+        store.submit(rank(task), "other collection")
+    with pytest.raises(UnknownTask):
+        store.submit(rank(task), "c", task="nope")
+    with pytest.raises(UnknownTask):
+        store.task("../../etc/passwd")
+    with pytest.raises(UnknownTask):
+        store.skip("nope", "ann", "human", "unclear")
+    with pytest.raises(UserError, match="has no prompt"):
+        store.prompt("nope")
+    with pytest.raises(UserError, match="has no prompt"):
+        store.add_completions([Completion(prompt_id="nope", text="x")])
+
+
+def test_one_prompt_with_two_tasks(store):
+    prompt, answers = ask("p", "abcdef")
+    first, second = store.add_tasks("c", [(prompt, answers[:3]), (prompt, answers[3:])])
+    store.submit(rank(second, (2, 0, 1)), "c")
+    assert [t.judgements for t in store.tasks("c")] == [0, 1]
+    with pytest.raises(UnknownTask):
+        store.submit(Ranking(prompt_id=prompt.id, groups=(), annotator="x", kind="human", none_acceptable=True), "c")
+    empty = Ranking(prompt_id=prompt.id, groups=(), annotator="x", kind="human", none_acceptable=True)
+    assert store.submit(empty, "c", task=first.id)
+
+
+def test_open_tasks_per_annotator_and_kind(store):
+    one, two, three = store.add_tasks("c", [ask("p"), ask("q"), ask("r")], overlap=2)
+    store.submit(rank(one, annotator="bot", kind="simulated"), "c")
+    store.submit(rank(one, annotator="a"), "c")
+    store.skip(two.id, "a", "human", "unclear")
+    assert store.skip(two.id, "a", "human", "again") is False
+    assert [t.id for t in store.open_tasks("c", "a")] == [three.id]
+    assert [t.id for t in store.open_tasks("c", "b")] == [one.id, two.id, three.id]
+    store.submit(rank(one, annotator="b"), "c")
+    assert [t.id for t in store.open_tasks("c", "c")] == [two.id, three.id]
+    progress = store.progress("c")
+    assert (progress.tasks, progress.done, progress.rankings, progress.skips) == (3, 1, 2, 1)
+    assert progress.waiting == 2
+    store.skip(two.id, "d", "human", "unclear")
+    assert store.progress("c").waiting == 1  # both people wanted for `two` have passed on it
+    mine = store.progress("c", annotator="a")
+    assert (mine.done, mine.skips) == (1, 1)
+    assert store.progress("c", "simulated").rankings == 1
+    assert store.rankings("c", kinds=["simulated"])[0].annotator == "bot"
+    assert store.rankings("c", kinds=[]) == []
+
+
+def test_the_digest_is_of_the_judgements_alone(tmp_path):
+    items = [ask("p"), ask("q")]
+    digests, lists = [], []
+    for number, backwards in enumerate((False, True)):
+        with Store(tmp_path / f"{number}.db") as store:
+            tasks = store.add_tasks("c", items)
+            answers = [rank(tasks[0], (0, (1, 2), 3), "z"), rank(tasks[0], annotator="a"), rank(tasks[1])]
+            if backwards:
+                answers = [rank(tasks[0], (0, (2, 1), 3), "z", seconds=9.0, rationale="x"), *answers[1:]][::-1]
+            for answer in answers:
+                store.submit(answer, "c")
+            digests.append(store.digest("c"))
+            lists.append([(r.prompt_id, r.annotator) for r in store.rankings("c")])
+            assert store.digest("c", ["ai"]) != digests[-1]
+            assert store.digest("nothing") == store.digest("c", ["ai"])
+    assert digests[0] == digests[1]
+    assert lists[0] == lists[1]
+
+
+def test_submit_many_is_all_or_nothing(store):
+    tasks = store.add_tasks("c", [ask("p"), ask("q")])
+    with pytest.raises(Refused):
+        store.submit_many([(rank(tasks[0]), "1", ""), (rank(tasks[1], (0, 1)), "2", "")], "c")
+    assert store.rankings() == []
+    both = [(rank(tasks[0]), "1", ""), (rank(tasks[1]), "2", tasks[1].id)]
+    assert store.submit_many(both, "c") == 2
+    assert store.submit_many(both, "c") == 0
+
+
+def test_demonstrations(store):
+    prompt, _ = ask("p")
+    ideal = Demonstration(prompt=prompt, response=NASTY, annotator="ann")
+    assert store.add_demonstration(ideal) is True
+    assert store.add_demonstration(ideal) is False
+    assert store.demonstrations() == [ideal]
+    with pytest.raises(Refused, match="empty"):
+        store.add_demonstration(Demonstration(prompt=prompt, response=" ", annotator="ann"))
+
+
+def test_export_is_the_fields_schema(store, tmp_path):
+    (task,) = store.add_tasks("c", [ask("p", "abc")])
+    store.submit(rank(task, (2, (0, 1)), order_shown=task.completion_ids), "c")
+    assert store.export_jsonl(tmp_path / "out.jsonl", "c") == 1
+    (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert row["prompt"] == [{"role": "user", "content": "p"}]
+    assert row["responses"] == ["p a", "p b", "p c"]
+    assert row["ranking"] == [[2], [0, 1]]
+    assert (row["annotator"], row["kind"], row["order_shown"]) == ("ann", "human", [0, 1, 2])
+    assert row["created_at"].startswith("20")
+
+
+def test_concurrent_annotators_lose_nothing_and_double_nothing(store):
+    num_tasks, num_people = 15, 6
+    tasks = store.add_tasks("c", [ask(f"p{i}") for i in range(num_tasks)], overlap=num_people)
+
+    def work(person):
+        # Everything is sent twice, as after a time-out.
+        return sum(store.submit(rank(t, annotator=person), "c", f"{t.id}-{person}") for t in tasks for _ in range(2))
+
+    people = [f"person {n}" for n in range(num_people)]
+    with concurrent.futures.ThreadPoolExecutor(num_people) as pool:
+        assert sum(pool.map(work, people)) == num_tasks * num_people
+        # The same person in two tabs at once.
+        assert sum(pool.map(work, ["twice"] * num_people)) == num_tasks
+    assert store.counts()["rankings"] == num_tasks * (num_people + 1)
+    assert {t.judgements for t in store.tasks("c")} == {num_people + 1}
+
+
+def test_two_processes_share_a_database(tmp_path):
+    path = tmp_path / "p.db"
+    script = """
+import sys
+from trivium.preferences.store import Store
+from trivium.records import Ranking
+with Store(sys.argv[1]) as store:
+    for task in store.tasks("c"):
+        groups = tuple((name,) for name in task.completion_ids)
+        store.submit(Ranking(prompt_id=task.prompt_id, groups=groups, annotator=sys.argv[2], kind="human"), "c")
+assert "torch" not in sys.modules
+"""
+    with Store(path) as store:
+        store.add_tasks("c", [ask(f"p{i}") for i in range(20)], overlap=9)
+        workers = [subprocess.Popen([sys.executable, "-c", script, path, f"w{n}"]) for n in range(2)]
+        assert [w.wait(60) for w in workers] == [0, 0]
+        assert len(store.rankings("c")) == 40
+
+
+def test_rankings_cannot_be_changed_or_deleted(tmp_path):
+    with Store(tmp_path / "p.db") as store:
+        (task,) = store.add_tasks("c", [ask("p")])
+        store.submit(rank(task), "c")
+    raw = sqlite3.connect(tmp_path / "p.db")
+    assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    for statement in ("UPDATE rankings SET annotator = 'x'", "DELETE FROM rankings"):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            raw.execute(statement)
+
+
+def test_foreign_and_newer_databases_are_refused_in_one_sentence(tmp_path):
+    Store(tmp_path / "new.db").close()
+    raw = sqlite3.connect(tmp_path / "new.db")
+    raw.execute("UPDATE trivium_schema SET version = 99")
+    raw.commit()
+    with pytest.raises(UserError, match="schema 99"):
+        Store(tmp_path / "new.db")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE prompts (x)")
+    other.commit()
+    with pytest.raises(UserError, match="did not make"):
+        Store(tmp_path / "other.db")
+    (tmp_path / "text.db").write_text("this is not a database at all, only a text file\n" * 50)
+    with pytest.raises(UserError, match="not a preference database"):
+        Store(tmp_path / "text.db")
+    with pytest.raises(UserError, match="no preference database"):
+        Store(tmp_path / "missing.db", create=False)
+    assert not (tmp_path / "missing.db").exists()
+    for url in ("nonsense://", "://x"):
+        with pytest.raises(UserError):
+            Store(url)
+
+
+def test_errors_of_the_machine_are_explained():
+    full = sa.exc.OperationalError("x", {}, sqlite3.OperationalError("database or disk is full"))
+    assert isinstance(schema.explain(full, "p.db"), DiskFull)
+    locked = sa.exc.OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
+    assert "locked by another process" in str(schema.explain(locked, "p.db"))
