@@ -27,7 +27,7 @@ from trivium.evals.multiple_choice import choose
 from trivium.evals.overoptimization import read_points, summarise
 from trivium.evals.perplexity import bits_per_byte, document_losses
 from trivium.evals.players import Player, load_player, table_of
-from trivium.evals.stats import mean_interval, wilson_interval
+from trivium.evals.stats import correlation_interval, mean_interval, wilson_interval
 from trivium.evals.tasks import Task, load_tasks
 from trivium.evals.win_rate import Sample, grade, kl_to, length_controlled, sample_completions, win_rate
 from trivium.records import Conversation
@@ -225,6 +225,7 @@ class Exam:
         for prefix, judge, graded in judges:
             a, b = grade(ours, judge), grade(theirs, judge)
             self.record(player, graded, "score", mean_interval(a), n)
+            self.record(player, graded, "length_correlation", correlation_interval(a, ours.lengths), n)
             if not is_reference:
                 self.record(player, prefix + task, "win_rate", win_rate(a, b, seed), n)
                 controlled = length_controlled(a, b, ours.lengths, theirs.lengths, seed)

@@ -1,0 +1,1 @@
+"""Is it better? Tasks, statistics and the measures of each stage."""

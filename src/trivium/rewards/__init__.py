@@ -1,0 +1,1 @@
+"""A number for a completion: learned, verifiable, by a constitution or a judge."""

@@ -1,0 +1,105 @@
+"""The reward that was learned from people's rankings: a scalar model, read at the last token, on a calibrated scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from trivium.config import UserError
+from trivium.data.chat import render_prompt
+from trivium.data.tokenizer import Tokenizer
+from trivium.models.heads import ScalarModel, score_at
+from trivium.models.hf import load_scalar_model, read_extra
+from trivium.records import Completion, Conversation
+
+BATCH_TOKENS = 8192
+"""Most tokens, padding included, in one forward pass."""
+
+
+class LearnedReward:
+    """Scores rows of token ids: `(raw - mean) / std`, so that the SFT model's own completions average 0 with spread 1.
+
+    The raw score is the model's value at the last real token. Padding, its amount and the rows that share a batch do
+    not change it. With a `tokenizer` it is also a Reward (of conversations and completions).
+    """
+
+    def __init__(
+        self,
+        model: ScalarModel,
+        mean: float = 0.0,
+        std: float = 1.0,
+        pad_id: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Freeze the model; raises ValueError for a `std` that is not positive."""
+        if not std > 0:
+            raise ValueError(f"std {std} is not positive")
+        self.model = model.eval().requires_grad_(False)
+        self.mean, self.std, self.pad_id = mean, std, pad_id
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, pad_id: int | None = None, device: str | torch.device = "cpu"
+    ) -> LearnedReward:
+        """Return the reward of a model folder: its scale (config.json, "trivium") and its tokenizer, if any.
+
+        A reward model from elsewhere has no scale there and is taken as it is (mean 0, spread 1).
+        """
+        extra = read_extra(folder)
+        tokenizer = Tokenizer.load(folder) if (Path(folder) / "tokenizer.json").is_file() else None
+        if pad_id is None:
+            pad_id = tokenizer.pad_id if tokenizer else 0
+        model = load_scalar_model(folder, device=device)
+        mean, std = float(extra.get("reward_mean", 0.0)), float(extra.get("reward_std", 1.0))
+        return cls(model, mean, std, pad_id, tokenizer)
+
+    @torch.no_grad()
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Return the calibrated score of each row of ids (prompt and completion), in the rows' order.
+
+        Raises UserError for a row that is empty or longer than the model's context.
+        """
+        context = self.model.config.max_position_embeddings
+        device = next(self.model.parameters()).device
+        for row in rows:
+            if not 0 < len(row) <= context:
+                raise UserError(f"the reward model reads 1 to {context} tokens, not {len(row)}; shorten max_new_tokens")
+        scores = [0.0] * len(rows)
+        for chosen in bucket([len(row) for row in rows], BATCH_TOKENS):
+            lengths = torch.tensor([len(rows[i]) for i in chosen])
+            ids = torch.full((len(chosen), int(lengths.max())), self.pad_id)
+            for place, i in enumerate(chosen):
+                ids[place, : len(rows[i])] = torch.tensor(rows[i])
+            raw = score_at(self.model(ids.to(device)), lengths)
+            for i, value in zip(chosen, raw.tolist(), strict=True):
+                scores[i] = (value - self.mean) / self.std
+        return scores
+
+    def __call__(self, prompts: Sequence[Conversation], completions: Sequence[Completion]) -> list[float]:
+        """Return the score of each completion; one without token ids is encoded and closed with the end of turn.
+
+        Raises UserError when there is no tokenizer to encode prompts with.
+        """
+        if self.tokenizer is None:
+            raise UserError("this reward model's folder has no tokenizer.json; save the tokenizer beside the model")
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = completion.token_ids or (*self.tokenizer.encode(completion.text), self.tokenizer.end_id)
+            rows.append([*render_prompt(self.tokenizer, prompt), *ids])
+        return self.score_ids(rows)
+
+
+def bucket(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of `lengths`, like lengths together, so that rows times the longest stays within the budget."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Sorted, so the row that comes last is the longest.
+        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from trivium.config import UserError
+from trivium.data.chat import render_prompt
+from trivium.data.tokenizer import train
+from trivium.models.config import ModelConfig
+from trivium.models.heads import ScalarModel
+from trivium.models.hf import save_model
+from trivium.models.transformer import Transformer
+from trivium.records import Completion, Conversation, Message
+from trivium.rewards import learned
+from trivium.rewards.learned import LearnedReward, bucket
+
+
+@pytest.fixture(scope="module")
+def model():
+    shape = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return ScalarModel.from_transformer(Transformer(shape).init_weights(3), seed=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train(["the cat sat on the mat and the dog ran " * 30], 280)
+
+
+def rows(seed, count=9):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
+
+
+def test_the_score_is_the_value_at_the_last_real_token(model):
+    reward = LearnedReward(model, mean=0.5, std=2.0)
+    for ids, score in zip(rows(0), reward.score_ids(rows(0)), strict=True):
+        raw = model(torch.tensor([ids]))[0, -1].item()
+        assert score == pytest.approx((raw - 0.5) / 2.0, abs=1e-6)
+
+
+def test_neither_padding_nor_batch_mates_nor_order_change_a_score(model, monkeypatch):
+    reward, texts = LearnedReward(model), rows(1)
+    together = reward.score_ids(texts)
+    alone = [reward.score_ids([ids])[0] for ids in texts]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert reward.score_ids(texts[::-1]) == pytest.approx(together[::-1], abs=1e-6)
+    for pad_id in (2, 299):
+        assert LearnedReward(model, pad_id=pad_id).score_ids(texts) == pytest.approx(together, abs=1e-6)
+    monkeypatch.setattr(learned, "BATCH_TOKENS", 50)
+    assert reward.score_ids(texts) == pytest.approx(together, abs=1e-6)
+
+
+def test_an_end_token_inside_the_prompt_does_not_end_the_reading(model):
+    reward = LearnedReward(model)
+    first, second = reward.score_ids([[1, 7, 2, 9, 11, 2], [1, 7, 2, 9, 12, 2]])
+    assert first != second
+
+
+def test_saved_and_loaded_it_gives_the_same_scores(model, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    save_model(tmp_path, model, extra={"reward_mean": -0.25, "reward_std": 3.0})
+    loaded = LearnedReward.from_folder(tmp_path)
+    assert (loaded.mean, loaded.std, loaded.pad_id) == (-0.25, 3.0, tokenizer.pad_id)
+    ours = LearnedReward(model, -0.25, 3.0).score_ids(rows(2))
+    assert loaded.score_ids(rows(2)) == ours
+
+
+def test_text_and_ids_of_the_same_completion_score_alike(model, tokenizer):
+    """The trainer's path (ids) and the judge's path (text) must read the very same tokens."""
+    reward = LearnedReward(model, tokenizer=tokenizer)
+    prompt = Conversation(messages=(Message(role="user", content="the cat"),))
+    ids = [*tokenizer.encode("the dog ran"), tokenizer.end_id]
+    texts = [
+        Completion(prompt_id=prompt.id, text="the dog ran"),
+        Completion(prompt_id=prompt.id, text="", token_ids=tuple(ids)),
+    ]
+    scores = reward([prompt, prompt], texts)
+    assert scores[0] == scores[1] == reward.score_ids([[*render_prompt(tokenizer, prompt), *ids]])[0]
+
+
+def test_it_never_learns_and_refuses_what_it_cannot_read(model):
+    reward = LearnedReward(model)
+    assert not any(p.requires_grad for p in reward.model.parameters()) and not reward.model.training
+    with pytest.raises(UserError, match="1 to 64 tokens, not 65"):
+        reward.score_ids([[1] * 65])
+    with pytest.raises(UserError, match="not 0"):
+        reward.score_ids([[]])
+    with pytest.raises(UserError, match="tokenizer"):
+        reward([], [])
+    with pytest.raises(ValueError, match="std"):
+        LearnedReward(model, std=0.0)
+
+
+def test_buckets_hold_every_row_once_within_the_budget():
+    lengths = [7, 1, 30, 7, 12, 90, 2]
+    batches = list(bucket(lengths, 40))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40 for batch in batches)
+    assert list(bucket([], 40)) == []
