@@ -114,7 +114,7 @@ def test_a_damaged_artifact_is_named_and_made_again(place: Path, capsys: pytest.
 
 def test_only_runs_the_named_table(place: Path) -> None:
     """And needs its parent done."""
-    with pytest.raises(ConfigError, match="no finished run of 'first'.*run that stage first"):
+    with pytest.raises(ConfigError, match=r"no finished run of 'first'.*run that stage first"):
         run_recipe(recipe(place), workspace=place / "w", only=["second"])
     run_recipe(recipe(place), workspace=place / "w", only=["first"])
     run_recipe(recipe(place), workspace=place / "w", only=["second"])

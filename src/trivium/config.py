@@ -1,8 +1,8 @@
 """Configuration: a TOML recipe becomes frozen dataclasses, and every mistake one clear sentence.
 
-A recipe's first table is `[run]` (name, seed, device, threads, precision); `[paths]` names folders, which strings use as
-`{name}`; each further table is a stage, in the order of the pipeline. A table may name its stage with `stage = "..."` when one stage is used twice, or when the stage is
-code of your own (`stage = "my_package.my_stage"`).
+A recipe's first table is `[run]` (name, seed, device, threads, precision); `[paths]` names folders, which strings use
+as `{name}`; each further table is a stage, in the order of the pipeline. A table may name its stage with
+`stage = "..."` when one stage is used twice, or when the stage is code of your own (`stage = "my_package.my_stage"`).
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class DiskFull(UserError):
 Ref = Annotated[str, "ref"]
 """An artifact: `"stage@latest"`, `"run_id"`, `"run_id@step"`, or the path of a Hugging Face model folder."""
 
+CodeRef = Annotated[str, "code"]
+"""`"module:attribute"`, naming code; its module is hashed, so that changed code is a changed run."""
+
 InputPath = Annotated[str, "input"]
 """A file or folder of the user's (relative to the recipe), or `"module:attribute"` naming code that yields the data."""
 
@@ -73,7 +76,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0 means one per physical core this process may use."""
     precision: str = "auto"
-    """`auto`, `fp32` or `bf16` (compute; master weights stay fp32). Auto: bf16 where the hardware multiplies it natively."""
+    """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
     strict: bool = False
     """Whether a malformed input line is fatal instead of counted."""
 

@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
         if kind == "ref":
             parents[name] = resolve(workspace, value, base=recipe.base, current=dict(current))
             inputs.update(_parent_inputs(workspace, name, parents[name]))
-        else:
+        elif kind == "input" or is_code(value):
             inputs[value] = _hash_input(recipe, value, where=f"[{spec.table}] {name}")
     settings = {"precision": recipe.settings.precision, "strict": recipe.settings.strict}
     seed = recipe.settings.seed
@@ -181,21 +181,21 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
 
 
 def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (field, "ref" or "input", value) of every Ref and InputPath; several in one field are numbered."""
+    """Yield (field, "ref", "input" or "code", value) of every marked entry; several in one field are numbered."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for item in fields(config):
         value = getattr(config, item.name)
         kind = _mark(hints[item.name])
         if kind is None or not value:
             continue
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | dict):
             yield from ((f"{prefix}{item.name}.{i}", kind, entry) for i, entry in enumerate(value))
         else:
             yield prefix + item.name, kind, value
 
 
 def _mark(hint: Any) -> str | None:
-    """Return the marker of `Ref`, `InputPath`, `tuple[Ref, ...]` or `Ref | None`, else None."""
+    """Return the marker of `Ref`, `InputPath`, `CodeRef`, or of a tuple, a dict or an optional of them, else None."""
     metadata = getattr(hint, "__metadata__", ())
     if metadata:
         return str(metadata[0])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from trivium.apps.report import comparable
 from trivium.config import load_recipe
 from trivium.models.hf import load_model
 from trivium.pipeline import configs
@@ -70,23 +71,18 @@ def test_the_export_is_what_transformers_loads(smoke: Path) -> None:
     ours, theirs = load_model(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Tell me about <|end|> a fox."}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
     with torch.no_grad():
         difference = (ours.logits(ours(ids)) - theirs.eval()(ids).logits).abs().max()
     assert difference < 1e-5
     assert theirs.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
-def cells(workspace: Path) -> Any:
-    """Return what the report measured, without what it cost and without which bytes the logs have."""
-    report = json.loads((workspace / "report" / "report.json").read_text())
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in {"sha256", "cost", "artifact"}}
-        return [strip(item) for item in value] if isinstance(value, list) else value
-
-    return strip(report)
+def cells(workspace: Path) -> dict[str, Any]:
+    """Return what the report measured, without what it cost and without the hashes of files that hold clock times."""
+    return comparable(json.loads((workspace / "report" / "report.json").read_text()))
 
 
 def manifest_of(workspace: Path, table: str) -> RunManifest | None:
@@ -116,5 +112,7 @@ def test_killed_in_every_stage_it_ends_in_the_same_report(smoke: Path, tmp_path:
     assert code == 0, err[-3000:]
     assert cells(workspace) == cells(smoke)
     assert not list(workspace.rglob("*.tmp"))
-    weights = [sha256_file(latest_runs(place)["export"][0] / "model" / "model.safetensors") for place in (workspace, smoke)]
+    weights = [
+        sha256_file(latest_runs(place)["export"][0] / "model" / "model.safetensors") for place in (workspace, smoke)
+    ]
     assert weights[0] == weights[1]

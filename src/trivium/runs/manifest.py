@@ -292,9 +292,7 @@ def show_progress(label: str, total: int) -> Iterator[Any]:
             last = moment
             rate = done / max(moment - began, 1e-9)
             share = f"/{total}, {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
-            print(
-                f"{label}: {done}{share}, {rate:.1f}/s {_facts(facts)}", file=sys.stderr, flush=True
-            )
+            print(f"{label}: {done}{share}, {rate:.1f}/s {_facts(facts)}", file=sys.stderr, flush=True)
 
     yield advance_plain
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trivium.config import InputPath, Ref, UserError, Waiting, bounds, load_attribute
+from trivium.config import CodeRef, InputPath, Ref, UserError, Waiting, bounds, load_attribute
 from trivium.data.chat import render_prompt
 from trivium.data.sources import load_preferences, load_prompts
 from trivium.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Config:
     """Passed to code in `prompts`."""
     num_responses: int = 4
     """K, responses per prompt; equal texts are shown once, so a task may hold fewer."""
-    annotators: str = "people"
+    annotators: CodeRef = "people"
     """`people`, or `module:attribute` of code that returns annotators for a seed."""
     overlap: int = 1
     """How many annotators rank each prompt; above 1, agreement can be measured."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import InputPath, Ref, bounds, load_attribute, one_of
+from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute, one_of
 from trivium.data.chat import Rendered, render, render_prompt
 from trivium.data.collate import pad_rows
 from trivium.data.loader import RowLoader
@@ -50,11 +50,11 @@ class Config:
     """Passed to code in `prompts`."""
     principles: InputPath = ""
     """A JSON file of principles, or code that returns them."""
-    critic: str = "self"
+    critic: CodeRef = "self"
     """`self`, or `module:attribute` of (prompt, response, principle) -> critique."""
-    reviser: str = "self"
+    reviser: CodeRef = "self"
     """`self`, or `module:attribute` of (prompt, response, critique) -> revision."""
-    judge: str = ""
+    judge: CodeRef = ""
     """`module:attribute` of (prompt, texts, principle, rng) -> groups, best first; empty: no rankings."""
     judge_kind: str = "simulated"
     """What the judge's rankings are stored as: `ai` for a model, `simulated` for a script."""

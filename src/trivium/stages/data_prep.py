@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trivium.config import ConfigError, InputPath, UserError, bounds, load_attribute
+from trivium.config import CodeRef, ConfigError, InputPath, UserError, bounds, load_attribute
 from trivium.data.decontaminate import Contamination, item_texts
 from trivium.data.dedup import NearDuplicates, assign_sides, content_key
 from trivium.data.filters import Filter, built_in, clean_text, first_reason
@@ -49,7 +49,7 @@ class Config:
     """Shorter documents are dropped, in words."""
     built_in_filters: bool = True
     """Whether the built-in filters and the removal of boilerplate lines apply."""
-    filters: tuple[str, ...] = ()
+    filters: tuple[CodeRef, ...] = ()
     """Filters of your own, `module:attribute`, each a function from Document to None or a reason."""
     near_duplicates: float = 0.8
     """Drop a document whose five-word sequences agree with an earlier one's to this share; 0 keeps them."""

@@ -66,13 +66,6 @@ class Config:
             bounds(self, label_smoothing=(0, 0))
 
 
-def completion_sums(model: Transformer, batch: PreferenceBatch, *, mean: bool) -> Tensor:
-    """Return each completion's log-probability in nats, float [N]: summed (DPO) or per token (IPO)."""
-    logits = model.logits(model(batch.tokens.input_ids, positions=batch.tokens.positions))
-    sums = token_logprobs(logits, batch.tokens.targets).sum(-1)
-    return sums / batch.tokens.num_items_per_row if mean else sums
-
-
 def objective(model: Transformer, config: Config, batch: PreferenceBatch) -> LossOutput:
     """Return the summed loss of all pairs of a batch of groups; every prompt weighs 1 however many pairs it has."""
     policy = completion_sums(model, batch, mean=config.loss == "ipo")
@@ -145,6 +138,13 @@ def run(config: Config, run: Run) -> None:
     )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+
+
+def completion_sums(model: Transformer, batch: PreferenceBatch, *, mean: bool) -> Tensor:
+    """Return each completion's log-probability in nats, float [N]: summed (DPO) or per token (IPO)."""
+    logits = model.logits(model(batch.tokens.input_ids, positions=batch.tokens.positions))
+    sums = token_logprobs(logits, batch.tokens.targets).sum(-1)
+    return sums / batch.tokens.num_items_per_row if mean else sums
 
 
 def with_reference(

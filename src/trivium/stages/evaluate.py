@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trivium.config import InputPath, Ref, UserError, bounds, load_attribute
+from trivium.config import CodeRef, InputPath, Ref, UserError, bounds, load_attribute
 from trivium.data.shards import Shards, open_shards
 from trivium.data.sources import load_prompts
 from trivium.evals.emergence import few_shot_gain, in_context_gain, steps_gain
@@ -58,7 +58,7 @@ class Config:
     """Passed to code in `win_rate_prompts`, beside `num`."""
     num_win_rate_prompts: int = 200
     """Prompts that both models answer."""
-    judge: str = ""
+    judge: CodeRef = ""
     """`module:attribute` of (prompt, text) -> float, the true taste; only simulated worlds have one."""
     max_new_tokens: int = 96
     """Longest answer, in tokens."""

@@ -163,11 +163,11 @@ def lineage(run: Run) -> list[RunManifest]:
     return list(found.values())
 
 
-def measured(run: Run, model_id: str) -> list[tuple[EvalResult, str]]:
-    """Return what the newest evaluate runs measured on exactly this model, each figure with its run's id."""
+def measured(run: Run, model_id: str) -> list[tuple[EvalResult, RunManifest]]:
+    """Return what the newest evaluate runs measured on exactly this model, each figure with its run."""
     table = model_id.rsplit("-", 1)[0]
     return [
-        (result, manifest.run_id)
+        (result, manifest)
         for _, manifest in latest_runs(run.workspace).values()
         if manifest.stage == "evaluate" and model_id in manifest.parents.values()
         for result in manifest.results
@@ -239,7 +239,7 @@ def _data(run: Run, ancestors: list[RunManifest]) -> list[str]:
     return [*(lines or ["- not recorded"]), "", terms]
 
 
-def _figures(results: list[tuple[EvalResult, str]]) -> list[str]:
+def _figures(results: list[tuple[EvalResult, RunManifest]]) -> list[str]:
     if not results:
         return ["Not evaluated before it was exported."]
     rows = ["| task | metric | value | 95% interval | n |", "|---|---|---|---|---|"]
@@ -249,5 +249,9 @@ def _figures(results: list[tuple[EvalResult, str]]) -> list[str]:
         interval = f"{result.low:.3f} to {result.high:.3f}" if known else ""
         value = "" if result.value is None else f"{result.value:.3f}"
         rows.append(f"| {result.task} | {result.metric} | {value} | {interval} | {result.n or ''} |")
-    runs = sorted({f"`{run_id}`" for _, run_id in results})
-    return [*rows, "", f"Measured by {', '.join(runs)}."]
+    said = []
+    for manifest in {manifest.run_id: manifest for _, manifest in results}.values():
+        judge = str(manifest.summary.get("judged_by") or "nobody")
+        simulated = " (SIMULATED: a program's hidden taste, not people's)" if "microworld" in judge else ""
+        said.append(f"Measured by `{manifest.run_id}`; win rates, taste and style judged by {judge}{simulated}.")
+    return [*rows, "", *said]

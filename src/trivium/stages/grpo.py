@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
-from trivium.config import InputPath, Ref, bounds, load_attribute, one_of
+from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute, one_of
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses.grpo import group_advantages, grpo
@@ -55,7 +55,7 @@ class Config:
     """Files of prompts, or code that yields them; `meta` (other columns) holds what the reward needs."""
     options: dict[str, int] = field(default_factory=dict)
     """Passed to code in `prompts`."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"trivium.rewards.verifiable:check_reward": 1.0})
+    rewards: dict[CodeRef, float] = field(default_factory=lambda: {"trivium.rewards.verifiable:check_reward": 1.0})
     """`module:attribute` of (prompts, completions) -> rewards, each with its weight."""
     iterations: int = 40
     """Rounds of sampling and updating."""

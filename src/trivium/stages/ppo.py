@@ -2,10 +2,8 @@
 
 Reads   the SFT model (start and frozen reference), a reward model, prompts
 Writes  model/: the aligned chat model
-Paper   Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155, equation 2; Huang et al. 2024,
-        arXiv 2403.17031 (the implementation details)
-Watch   rollout/score rises while rollout/kl stays near its target; where a judge knows the truth, rollout/true_taste
-        must rise too: a score that rises alone is over-optimisation
+Paper   Schulman 2017, arXiv 1707.06347; Ouyang 2022, arXiv 2203.02155, eq. 2; Huang 2024, arXiv 2403.17031 (details)
+Watch   rollout/score rises at a bounded rollout/kl, and rollout/true_taste with it: alone, it is over-optimisation
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, TokenBatch, select_rows, to_device
-from trivium.config import InputPath, Ref, bounds, load_attribute
+from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses import ppo as losses
@@ -61,7 +59,7 @@ class Config:
     """Files of prompts, or code that yields them."""
     options: dict[str, int] = field(default_factory=dict)
     """Passed to code in `prompts`."""
-    judge: str = ""
+    judge: CodeRef = ""
     """`module:attribute` of (prompt, text) -> float, recorded beside the score and never trained on."""
     iterations: int = 60
     """Rounds of sampling and updating."""
@@ -115,9 +113,8 @@ def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossO
 def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
     """Return the summed clipped squared error of the value model against the returns."""
     values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
-    return LossOutput(
-        total=losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask).sum()
-    )
+    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
+    return LossOutput(total=loss.sum())
 
 
 def run(config: Config, run: Run) -> None:

@@ -29,7 +29,7 @@ from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
-from trivium.training.judgements import data_facts, load_judgements
+from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 
 
@@ -56,12 +56,6 @@ class Config:
         """Refuse an unknown loss."""
         one_of(self, loss=("bradley_terry", "plackett_luce"))
         bounds(self, heldout_frac=(0.01, 0.9), context=(8, None))
-
-
-def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
-    """Return the raw score of each completion, float [N]: the scalar at its last token."""
-    values = model(batch.tokens.input_ids, positions=batch.tokens.positions)
-    return score_at(values, batch.lengths)
 
 
 def objective(model: ScalarModel, loss: str, batch: PreferenceBatch) -> LossOutput:
@@ -118,24 +112,32 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * backbone.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
-    right, pairs = count_right(run, model, heldout, tokenizer.pad_id)
+    report(run, model, judgements, tokenizer.pad_id)
+    mean, std = calibrate(run, model, train, tokenizer.pad_id)
+    run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
+    tokenizer.save(run.dir / "model")
+    save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
+
+
+def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
+    """Return the raw score of each completion, float [N]: the scalar at its last token."""
+    values = model(batch.tokens.input_ids, positions=batch.tokens.positions)
+    return score_at(values, batch.lengths)
+
+
+def report(run: Run, model: ScalarModel, judgements: Judgements, pad_id: int) -> None:
+    """Record held-out accuracy, and beside it how often one annotator foretells another."""
+    right, pairs = count_right(run, model, judgements.heldout, pad_id)
     low, high = wilson_interval(right, pairs)
     run.result("pairwise_accuracy@1", "accuracy", right / max(pairs, 1), low=low, high=high, n=pairs)
     ceiling = agreement(judgements.heldout_rankings, seed=run.seed).ceiling
-    mean, std = calibrate(run, model, train, tokenizer.pad_id)
     run.note(
-        steps=config.fit.steps,
         num_parameters=sum(p.numel() for p in model.parameters()),
         kinds=judgements.kinds,
-        data=data_facts(collection, train),
-        num_heldout_rankings=len(heldout),
+        num_heldout_rankings=len(judgements.heldout),
         dropped=judgements.dropped,
         ceiling=to_dict(ceiling) if ceiling else None,
-        reward_mean=mean,
-        reward_std=std,
     )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
 
 
 def score_groups(

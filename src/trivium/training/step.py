@@ -57,8 +57,9 @@ def train_step(
 
     `precision` (re-enterable, as `autocast` gives it) covers one forward pass at a time: the backward pass follows
     its dtypes by itself, the optimizer works in fp32, and autocast forgets its cast copies of the weights on leaving.
-    Held open over several steps it would go on with the weights of the first. A non-finite gradient moves nothing: the step is skipped
-    and says so.
+    Held open over several steps it would go on with the weights of the first.
+
+    A non-finite gradient moves nothing: the step is skipped and says so.
     """
     total = all_reduce_sum(torch.stack([batch.num_items.float() for batch in micro_batches]).sum())
     # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.

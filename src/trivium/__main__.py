@@ -1,0 +1,8 @@
+"""`python -m trivium`: the same as the `trivium` command, also under torchrun."""
+
+import sys
+
+from trivium.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Rows of tokens become padded batches; the one place where targets are shifted and where rows are cut.
+
+Rows are padded on the right: a causal model cannot see what comes later, so a pad changes nothing before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trivium.batches import IGNORE, PreferenceBatch, TokenBatch
+
+Row = tuple[Sequence[int], Sequence[bool]]
+"""Ids, and for each whether it is to be predicted."""
+
+
+def fit_row(input_ids: Sequence[int], trained: Sequence[bool], context: int) -> Row | None:
+    """Return the row cut on the right to `context` tokens, or None when nothing trained would be left.
+
+    A conversation cut so loses the end of a turn, never gains a false one. Rows of None are dropped by the caller,
+    who counts them: a row without targets would only dilute the batch.
+    """
+    ids, mask = input_ids[:context], trained[:context]
+    return (ids, mask) if any(mask[1:]) else None
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """Return rows as a TokenBatch [B, longest row]; `targets[t]` is token t+1 where that one is trained, else IGNORE.
+
+    ::
+
+        ids      <user> hi <end> <assistant> yo <end>      trained  0 0 0 0 1 1
+        targets  -100 -100 -100  yo          <end> -100
+
+    Raises ValueError when a row's ids and mask differ in length, or when there is no row.
+    """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    for index, (ids, trained) in enumerate(rows):
+        if len(ids) != len(trained):
+            raise ValueError(f"row {index} has {len(ids)} ids and a mask of {len(trained)}")
+        values, mask = np.asarray(ids, dtype=np.int64), np.asarray(trained, dtype=bool)
+        input_ids[index, : len(ids)] = values
+        targets[index, : max(len(ids) - 1, 0)] = np.where(mask[1:], values[1:], IGNORE)
+    positions = torch.arange(width).repeat(len(rows), 1)
+    return TokenBatch(input_ids=torch.from_numpy(input_ids), targets=torch.from_numpy(targets), positions=positions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceGroup:
+    """One prompt and its judged completions (ids as sampled, the end of turn included).
+
+    `ranks[k]` places completion k, smaller is better and equal is a tie; any integers will do. `ref_logprobs[k]` is the
+    reference's summed log-probability of completion k in nats, where known.
+    """
+
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[Sequence[int]]
+    ranks: Sequence[int]
+    ref_logprobs: Sequence[float] | None = None
+
+
+def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int) -> PreferenceBatch:
+    """Return the batch of all completions, each row once, with every strict pair among those of a prompt.
+
+    The pairs of a prompt share weight 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2 and no pair for
+    the tie. A prompt whose completions all tie has rows but no pairs. Reference log-probabilities are given for all
+    groups or taken as absent. Raises ValueError when a group's lists differ in length.
+    """
+    rows: list[Row] = []
+    ranks: list[int] = []
+    owners: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    for owner, group in enumerate(groups):
+        if len(group.completion_ids) != len(group.ranks) or len(group.ref_logprobs or group.ranks) != len(group.ranks):
+            raise ValueError(f"group {owner}: completions, ranks and ref_logprobs differ in length")
+        first = len(rows)
+        order = {rank: place for place, rank in enumerate(sorted(set(group.ranks)))}
+        for completion, rank in zip(group.completion_ids, group.ranks, strict=True):
+            mask = [False] * len(group.prompt_ids) + [True] * len(completion)
+            rows.append(([*group.prompt_ids, *completion], mask))
+            ranks.append(order[rank])
+            owners.append(owner)
+        strict = [(a, b) for a, b in itertools.permutations(range(first, len(rows)), 2) if ranks[a] < ranks[b]]
+        pairs += strict
+        weights += [1.0 / max(len(strict), 1)] * len(strict)
+    known = all(group.ref_logprobs is not None for group in groups)
+    reference = [value for group in groups for value in group.ref_logprobs or ()] if known else None
+    return PreferenceBatch(
+        tokens=pad_rows(rows, pad_id),
+        lengths=torch.tensor([len(ids) for ids, _ in rows]),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        ranks=torch.tensor(ranks),
+        groups=torch.tensor(owners),
+        ref_logprobs=None if reference is None else torch.tensor(reference, dtype=torch.float32),
+    )

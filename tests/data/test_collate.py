@@ -1,0 +1,67 @@
+"""Shifting, padding, cutting and pairing, by hand."""
+
+import pytest
+import torch
+
+from trivium.batches import IGNORE
+from trivium.data.collate import PreferenceGroup, collate_preferences, fit_row, pad_rows
+
+
+def test_the_worked_example_of_the_batches():
+    batch = pad_rows([([3, 20, 7, 4, 21, 7], [False, False, False, False, True, True])], pad_id=0)
+    assert batch.targets.tolist() == [[IGNORE, IGNORE, IGNORE, 21, 7, IGNORE]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert batch.num_items == 2
+
+
+def test_rows_are_padded_on_the_right_and_pads_are_no_targets():
+    batch = pad_rows([([5, 6], [True, True]), ([7, 8, 9], [True, True, True])], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert batch.targets.tolist() == [[6, IGNORE, IGNORE], [8, 9, IGNORE]]
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    with pytest.raises(ValueError, match="row 0"):
+        pad_rows([([1, 2], [True])], pad_id=0)
+    with pytest.raises(ValueError, match="at least one row"):
+        pad_rows([], pad_id=0)
+
+
+def test_cutting_keeps_the_beginning_and_drops_rows_without_targets():
+    ids, trained = [1, 2, 3, 4, 5], [False, False, False, True, True]
+    assert fit_row(ids, trained, 8) == (ids, trained)
+    assert fit_row(ids, trained, 4) == ([1, 2, 3, 4], [False, False, False, True])
+    assert fit_row(ids, trained, 3) is None
+    assert fit_row([1, 2], [True, False], 8) is None  # the first token has nothing before it to predict it
+
+
+def test_pairs_of_a_prompt_share_weight_one():
+    groups = [
+        PreferenceGroup(prompt_ids=[1, 2], completion_ids=[[10, 7], [11, 7], [12, 13, 7]], ranks=[3, 1, 3]),
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[14], [15]], ranks=[5, 5]),
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[16], [17]], ranks=[1, 2]),
+    ]
+    batch = collate_preferences(groups, pad_id=0)
+    assert batch.pairs.tolist() == [[1, 0], [1, 2], [5, 6]]
+    assert batch.weights.tolist() == [0.5, 0.5, 1.0]
+    assert batch.ranks.tolist() == [1, 0, 1, 0, 0, 0, 1]
+    assert batch.groups.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert batch.lengths.tolist() == [4, 4, 5, 2, 2, 2, 2]
+    assert batch.num_items == 2
+    assert batch.tokens.targets[0].tolist() == [IGNORE, 10, 7, IGNORE, IGNORE]
+    assert batch.ref_logprobs is None
+
+
+def test_five_ranked_responses_give_ten_pairs_of_a_tenth():
+    group = PreferenceGroup(prompt_ids=[1], completion_ids=[[i] for i in range(2, 7)], ranks=[4, 2, 0, 1, 3])
+    batch = collate_preferences([group], pad_id=0)
+    assert len(batch.pairs) == 10
+    assert torch.allclose(batch.weights, torch.full((10,), 0.1))
+    assert all(batch.ranks[a] < batch.ranks[b] for a, b in batch.pairs.tolist())
+
+
+def test_reference_logprobs_follow_their_rows_and_only_ties_give_no_pairs():
+    group = PreferenceGroup(prompt_ids=[1], completion_ids=[[2], [3]], ranks=[0, 0], ref_logprobs=[-1.5, -2.5])
+    batch = collate_preferences([group], pad_id=0)
+    assert batch.ref_logprobs.tolist() == [-1.5, -2.5]
+    assert batch.pairs.shape == (0, 2) and batch.num_items == 0
+    with pytest.raises(ValueError, match="group 0"):
+        collate_preferences([PreferenceGroup(prompt_ids=[1], completion_ids=[[2]], ranks=[0, 1])], pad_id=0)
