@@ -1,8 +1,10 @@
 """The parts of the documentation that are made from the code: `python tests/architecture/generated_docs.py [--write]`.
 
 A part stands between `<!-- generated:NAME -->` and `<!-- /generated -->` in README.md or a page under docs/; NAME is
-one of GENERATORS below. Without `--write` the pages are checked: exit code 1 names each part that is stale, each link
-that leads nowhere, and each logged metric that nobody explains. `--root DIR` names another tree.
+one of GENERATORS below, or one of ABOUT_ONE with what it is about (`config ppo`, `metrics ppo`, `settings Name`).
+Without `--write` the pages are checked: exit code 1 names each part that is stale, each link that leads nowhere, each
+logged metric that nobody explains, and each stage's page that leaves out how one of its metrics is estimated.
+`--root DIR` names another tree.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-BLOCK = re.compile(r"<!-- generated:([a-z_]+) -->\n(.*?)<!-- /generated -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- generated:([a-z_]+(?: \w+)?) -->\n(.*?)<!-- /generated -->", re.DOTALL)
 METRIC = re.compile(r"(train|eval|rollout)/[a-z0-9_]+")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)")
 
@@ -103,25 +105,117 @@ def logged_metrics(root: Path) -> dict[str, set[str]]:
 
 
 def _metric_dicts(node: ast.AST) -> list[ast.Dict]:
-    """Return the dict literals that make up the `metrics` of a LossOutput."""
+    """Return the dict literals that make up the `metrics` of a LossOutput, or the `figures` of a round."""
     named = isinstance(node, ast.keyword) and node.arg == "metrics"
-    assigned = isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "metrics" for t in node.targets)
+    names = {t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)}
+    assigned = isinstance(node, ast.Assign) and bool(names & {"metrics", "figures"})
     return [inner for inner in ast.walk(node) if isinstance(inner, ast.Dict)] if named or assigned else []
 
 
+def stage_metrics(root: Path, stage: str) -> str:
+    """Return the table of the metrics that one stage logs, those of the shared loop included."""
+    explained: dict[str, str] = importlib.import_module("trivium.apps.dashboard.explain").METRICS
+    names = metrics_of(root, stage)
+    rows = [
+        "| metric | what it is |",
+        "| --- | --- |",
+        *(f"| `{name}` | {explained.get(name, '')} |" for name in names),
+    ]
+    return (
+        "\n".join(rows if names else ["This stage logs no metric over steps; what it measures is in its manifest."])
+        + "\n"
+    )
+
+
+def metrics_of(root: Path, stage: str) -> list[str]:
+    """Return the names of the metrics that one stage logs, in order."""
+    text = (root / "src" / "trivium" / "stages" / f"{stage}.py").read_text(encoding="utf-8")
+    places = {f"stages/{stage}.py"} | ({"training/loop.py"} if "training.loop import FitConfig, fit" in text else set())
+    return sorted(name for name, where in logged_metrics(root).items() if where & places)
+
+
+def stage_config(root: Path, stage: str) -> str:
+    """Return the table of a stage's Config."""
+    return fields(root / "src" / "trivium" / "stages" / f"{stage}.py", "Config")
+
+
+def settings(root: Path, name: str) -> str:
+    """Return the table of a configuration class that several stages share, wherever it is defined."""
+    package = root / "src" / "trivium"
+    return next(
+        (t for p in [package / "config.py", *sorted((package / "training").glob("*.py"))] if (t := fields(p, name))), ""
+    )
+
+
+def fields(path: Path, name: str) -> str:
+    """Return the table of a dataclass's own fields: name, type, default, and the docstring below each; "" if absent."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    found = next((node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if found is None:
+        return ""
+    rows = ["| field | type | default | meaning, unit |", "| --- | --- | --- | --- |"]
+    for item, after in zip(found.body, [*found.body[1:], None], strict=True):
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        about = after.value if isinstance(after, ast.Expr) else None
+        text = str(about.value) if isinstance(about, ast.Constant) else ""
+        meaning = " ".join(text.split()).replace("|", "\\|")
+        kind = ast.unparse(item.annotation).replace("|", "\\|")
+        rows.append(f"| `{item.target.id}` | `{kind}` | {_default(item.value)} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(value: ast.expr | None) -> str:
+    """Return a field's default as it would be read, or `required`."""
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        made = next((k.value for k in value.keywords if k.arg == "default_factory"), None)
+        if isinstance(made, ast.Lambda):
+            value = made.body
+        elif made is not None:
+            return {"dict": "`{}`"}.get(ast.unparse(made), f"`{ast.unparse(made)}()`")
+    return f"`{ast.unparse(value)}`".replace("|", "\\|")
+
+
 GENERATORS: dict[str, Callable[[Path], str]] = {"tree": tree, "cli": cli, "metrics": metrics}
+ABOUT_ONE: dict[str, Callable[[Path, str], str]] = {
+    "config": stage_config,
+    "metrics": stage_metrics,
+    "settings": settings,
+}
 REQUIRED = {"README.md": {"tree", "cli"}, "docs/metrics.md": {"metrics"}}
+
+
+def make(root: Path, part: str) -> str | None:
+    """Return the text of a generated part, or None where there is no such part."""
+    name, _, about = part.partition(" ")
+    try:
+        if about:
+            return ABOUT_ONE[name](root, about) or None
+        return GENERATORS[name](root)
+    except (KeyError, FileNotFoundError):
+        return None
+
+
+def stage_pages(root: Path) -> dict[str, str]:
+    """Return the page of each stage by its name."""
+    order: tuple[str, ...] = importlib.import_module("trivium.cli.verbs").STAGES
+    return {f"docs/stages/{stage}.md": stage for stage in order}
 
 
 def problems(root: Path, *, write: bool = False) -> list[str]:
     """Return what is wrong with the pages of a tree; with `write`, stale parts are renewed instead of reported."""
-    fresh = {name: generate(root) for name, generate in GENERATORS.items()}
-    found = [f"{page}: is missing" for page in REQUIRED if not (root / page).is_file()]
+    stages = stage_pages(root)
+    required = REQUIRED | {page: {f"config {stage}", f"metrics {stage}"} for page, stage in stages.items()}
+    found = [f"{page}: is missing" for page in required if not (root / page).is_file()]
+    fresh: dict[str, str] = {}
     for page in sorted([*root.glob("*.md"), *root.glob("docs/**/*.md")]):
         name, text = page.relative_to(root).as_posix(), page.read_text(encoding="utf-8")
-        renewed = BLOCK.sub(lambda m: f"<!-- generated:{m[1]} -->\n{fresh.get(m[1], m[2])}<!-- /generated -->", text)
         parts = {match[1]: match[2] for match in BLOCK.finditer(text)}
-        lacking = REQUIRED.get(name, set()) - set(parts)
+        fresh |= {part: made for part in set(parts) - set(fresh) if (made := make(root, part)) is not None}
+        renewed = _renew(text, fresh)
+        lacking = required.get(name, set()) - set(parts)
         found += [f"{name}: lacks the generated part {part!r}, <!-- generated:{part} --> ..." for part in lacking]
         found += [f"{name}: no generator {part!r}" for part in set(parts) - set(fresh)]
         if write:
@@ -130,11 +224,19 @@ def problems(root: Path, *, write: bool = False) -> list[str]:
         else:
             stale = [part for part, old in parts.items() if fresh.get(part, old) != old]
             found += [f"{name}: the part {part!r} is stale; run {Path(__file__).name} --write" for part in stale]
+        if name in stages:
+            own = BLOCK.sub("", text)
+            silent = [metric for metric in metrics_of(root, stages[name]) if f"`{metric}`" not in own]
+            found += [f"{name}: does not say how {metric} is estimated" for metric in silent]
         dead = [target for target in LINK.findall(text) if not (page.parent / target).exists()]
         found += [f"{name}: the link to {target} leads nowhere" for target in dead]
     explained = importlib.import_module("trivium.apps.dashboard.explain").METRICS
     silent = sorted(set(logged_metrics(root)) - set(explained))
     return found + [f"metric {name} is logged but not explained in apps/dashboard/explain.py" for name in silent]
+
+
+def _renew(text: str, fresh: dict[str, str]) -> str:
+    return BLOCK.sub(lambda m: f"<!-- generated:{m[1]} -->\n{fresh.get(m[1], m[2])}<!-- /generated -->", text)
 
 
 def main() -> int:
