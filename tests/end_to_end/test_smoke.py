@@ -24,8 +24,6 @@ from .conftest import RECIPE, ROOT, finish, trivium
 
 TABLES = [spec.table for spec in load_recipe(RECIPE).stages]
 
-pytestmark = pytest.mark.xdist_group("end_to_end")
-
 
 def test_every_recipe_is_valid() -> None:
     """Each shipped recipe parses and every key of it exists."""
@@ -40,7 +38,7 @@ def test_every_stage_is_done_and_linked(smoke: Path) -> None:
     names = {manifest.run_id for _, manifest in runs.values()}
     for folder, manifest in runs.values():
         assert set(manifest.parents.values()) <= names
-        assert manifest.artifacts and manifest.cost.seconds > 0
+        assert (manifest.artifacts or manifest.results) and manifest.cost.seconds > 0
         for artifact in manifest.artifacts:
             assert sha256_file(folder / artifact.path) == artifact.sha256
         assert not list(folder.rglob("*.tmp")) and not (folder / "checkpoints").exists()
@@ -90,6 +88,7 @@ def manifest_of(workspace: Path, table: str) -> RunManifest | None:
     return next((m for _, m in list_runs(workspace) if m.table == table), None)
 
 
+@pytest.mark.timeout(600)
 def test_killed_in_every_stage_it_ends_in_the_same_report(smoke: Path, tmp_path: Path) -> None:
     """SIGKILL once in each stage, at a random instant of it; the last run's report equals the uninterrupted one's."""
     workspace = tmp_path / "killed"

@@ -97,3 +97,15 @@ def test_what_cannot_be_graded_is_refused(tmp_path):
         )
     with pytest.raises(UserError, match="missing"):
         load_tasks(["missing.jsonl"], base=tmp_path, seed=0, num_per_task=5)
+
+
+def test_the_fields_multiple_choice_rows_are_read_as_they_are():
+    """A question with choices, and two contexts with one continuation, become choice items."""
+    asked = parse_item(
+        {"task": "arc", "id": "1", "query": "Fish live in", "choices": ["water.", "air."], "gold": 0}, "x"
+    )
+    assert (asked.context, asked.choices, asked.answer) == ("Fish live in", (" water.", " air."), 0)
+    pair = parse_item(
+        {"task": "wino", "id": "1", "contexts": ["A ran, so A", "A ran, so B"], "continuation": "won.", "gold": 1}, "x"
+    )
+    assert (pair.context, pair.choices, pair.answer) == ("", ("A ran, so A won.", "A ran, so B won."), 1)

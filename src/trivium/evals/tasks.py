@@ -10,6 +10,9 @@ One JSON object each, in a file or yielded by code (`"module:attribute"`, called
 
 `check` is a specification of `rewards.verifiable`. Items with `"split": "example"` are never graded: they are what a
 base model is shown first. A task is named `name@version`: change the items, raise the version.
+
+Read as they are, too: the field's `{"task", "id", "query", "choices", "gold"}` (ARC, PIQA, CommonsenseQA) and
+`{"task", "id", "contexts", "continuation", "gold"}` (WinoGrande; here each whole sentence is a choice).
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def load_tasks(references: Sequence[str], *, base: Path, seed: int, num_per_task
     """Return the tasks in the order in which they first appear, each with at most `num_per_task` graded items.
 
     Where a task has more, a sample that follows from `seed` is kept, in the file's order. Raises UserError naming the
-    item for what is not one, and when nothing is left to grade.
+    item for what is not one, and when files are named but nothing is left to grade.
     """
     found: dict[str, list[Item]] = {}
     for reference in references:
@@ -86,10 +89,8 @@ def load_tasks(references: Sequence[str], *, base: Path, seed: int, num_per_task
         if tests:
             examples = tuple(item for item in items if item.split == "example")
             tasks.append(Task(name=name, items=tuple(tests), examples=examples))
-    if not tasks:
-        raise UserError(
-            f"no test items in {', '.join(references) or 'an empty list of tests'}; name a file that has some"
-        )
+    if references and not tasks:
+        raise UserError(f"no test items in {', '.join(references)}; name a file that has some")
     return tasks
 
 
@@ -97,6 +98,7 @@ def parse_item(row: Any, where: str) -> Item:
     """Return the item that a JSON object describes; raises UserError naming `where` and the field that is wrong."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a test item is a JSON object, not {type(row).__name__}")
+    row = _from_benchmark(row)
     task, version = _need(row, "task", str, where), row.get("version", 1)
     kind, split = row.get("kind"), row.get("split", "test")
     if kind not in ("choice", "generate") or split not in ("test", "example"):
@@ -116,6 +118,17 @@ def parse_item(row: Any, where: str) -> Item:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Item(**shared, prompt=_prompt(row, where), check=check, ideal=str(row.get("ideal", "")))
+
+
+def _from_benchmark(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the field's multiple-choice rows in our schema; any other row as it is."""
+    if "kind" in row or "gold" not in row:
+        return row
+    shared = {"task": row.get("task"), "id": row.get("id"), "kind": "choice", "answer": row["gold"]}
+    if "contexts" in row:
+        return shared | {"context": "", "choices": [f"{c} {row.get('continuation')}" for c in row["contexts"]]}
+    # The space belongs to the continuation: it is how the next word is encoded.
+    return shared | {"context": row.get("query"), "choices": [f" {choice}" for choice in row.get("choices") or ()]}
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> Conversation:

@@ -213,6 +213,8 @@ def summarise(config: Config, run: Run, store: Store) -> None:
             f"{run.manifest.table}: {open_tasks} rankings to give; run "
             f"`trivium rank --workspace {run.workspace}`, then run this recipe again"
         )
+    # A copy of what was known when the run ended, in the schema that everybody reads.
+    store.export_jsonl(run.dir / "rankings.jsonl", run.id)
     for ranking in rankings[:20]:
         texts = [[store.completion(identity).text for identity in group] for group in ranking.groups]
         prompt = store.prompt(ranking.prompt_id).messages[-1].content

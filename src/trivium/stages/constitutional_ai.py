@@ -140,7 +140,7 @@ def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Trans
     if path.exists():
         return list(read_jsonl(path))
     principles = load_principles(config.principles, base=run.base)
-    prompts = PromptSet(run, tokenizer, config.prompts, config.options)
+    prompts = PromptSet(run, tokenizer, config.prompts, config.options, model)
     write = Writer(run, tokenizer, model, config.sampling)
     repeated = [prompt for prompt in prompts.prompts for _ in range(config.num_responses)]
     flat = write(repeated, 0)

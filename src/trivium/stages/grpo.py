@@ -129,7 +129,7 @@ class Trainer:
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
         self.rewards = [(load_attribute(name), weight) for name, weight in config.rewards.items()]
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options)
+        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, self.policy)
         self.loader = RowLoader(len(self.prompts), min(config.prompts_per_round, len(self.prompts)), run.seed)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:

@@ -157,7 +157,7 @@ class Trainer:
         self.controller = losses.AdaptiveKL(config.kl_coef, config.kl_target or None, horizon=10 * config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options)
+        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, self.policy)
         self.loader = RowLoader(len(self.prompts), config.batch_size, run.seed)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
@@ -215,7 +215,7 @@ class Trainer:
         steps = config.epochs * config.minibatches
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
         for _ in range(config.epochs):
-            for rows in torch.randperm(len(batch.scores), generator=generator).chunk(config.minibatches):
+            for rows in torch.randperm(len(batch.scores), generator=generator).tensor_split(config.minibatches):
                 part = select_rows(batch, rows)
                 step = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
                 policy = step(partial(objective, self.policy, config), [part], self.optimizers["policy"])

@@ -64,8 +64,10 @@ class SampleConfig:
 class PromptSet:
     """The prompts of a stage with their ids, as the generator wants them."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, specs: Sequence[str], options: Mapping[str, int]) -> None:
-        """Load and encode every prompt; raises UserError when there is none."""
+    def __init__(
+        self, run: Run, tokenizer: Tokenizer, specs: Sequence[str], options: Mapping[str, int], model: Transformer
+    ) -> None:
+        """Load and encode every prompt; raises UserError when there is none, or one too long for `model`."""
         self.prompts: list[Conversation] = list(
             load_prompts(
                 specs,
@@ -79,6 +81,7 @@ class PromptSet:
         if not self.prompts:
             raise UserError(f'no prompts in {", ".join(specs) or "nothing"}; each line needs a "prompt" or "messages"')
         self.encoded = [render_prompt(tokenizer, prompt) for prompt in self.prompts]
+        check_room(model, self.encoded)
 
     def __len__(self) -> int:
         """Return how many prompts there are."""
@@ -87,6 +90,15 @@ class PromptSet:
     def text(self, row: int) -> str:
         """Return the last user message of a prompt, for people to look at."""
         return self.prompts[row].messages[-1].content
+
+
+def check_room(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UserError where a prompt leaves no room for an answer: before the work starts, not when it is drawn."""
+    context, longest = model.config.max_position_embeddings, max(map(len, prompts), default=0)
+    if longest >= context:
+        raise UserError(
+            f"a prompt of {longest} tokens fills the model's context of {context}; shorten it or leave it out"
+        )
 
 
 def sample(
@@ -98,7 +110,11 @@ def sample(
     seed: int,
     generate_fn: GenerateFn = generate,
 ) -> list[Generated]:
-    """Return one sampled completion per prompt; the model is in eval mode while it samples."""
+    """Return one sampled completion per prompt; the model is in eval mode while it samples.
+
+    Raises UserError where a prompt fills the model's context.
+    """
+    check_room(model, prompts)
     model.eval()
     with torch.no_grad():
         return generate_fn(
