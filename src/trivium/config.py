@@ -152,10 +152,18 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    defaults = {
+        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+    }
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
             raise ConfigError(f"{where}: unknown key {key!r}{suggest(key, names)}")
+        default = defaults.get(key)
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            # A table that names some of a group's fields keeps the others as this stage has them.
+            value = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)} | dict(value)
         arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
     try:
         return cls(**arguments)
@@ -177,6 +185,8 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(arguments[0], value, where=where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+        return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where=where)
     if origin is typing.Literal:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib
 import importlib.util
+import os
 import shutil
 import signal
 import sys
@@ -150,6 +151,8 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
     """
     parents: dict[str, str] = {}
     inputs: dict[str, str] = {}
+    if spec.stage not in STAGES:
+        inputs[f"stage:{spec.stage}"] = _hash_module(spec.stage)
     for name, kind, value in _marked(config):
         if kind == "ref":
             parents[name] = resolve(workspace, value, base=recipe.base, current=dict(current))
@@ -203,7 +206,13 @@ def _mark(hint: Any) -> str | None:
 
 
 def _parent_inputs(workspace: Path, field: str, run_id: str) -> dict[str, str]:
-    """Return what a parent stands for beyond its fingerprint: judgements, which people add after it is done."""
+    """Return what a parent stands for beyond its fingerprint.
+
+    For a run that is judgements, which people add after it is done; for a folder from elsewhere, its content.
+    """
+    if os.sep in run_id:
+        files = [p for p in sorted(Path(run_id).iterdir()) if p.suffix in {".json", ".jinja", ".safetensors"}]
+        return {run_id: _hash_files(files)}
     manifest = read_manifest(workspace / run_id.rsplit("-", 1)[0] / run_id)
     if manifest is None or "collection" not in manifest.summary:
         return {}
@@ -216,16 +225,26 @@ def _hash_input(recipe: Recipe, value: str, *, where: str) -> str:
     if value.startswith("hf:"):
         return value
     if is_code(value):
-        spec = importlib.util.find_spec(value.partition(":")[0])
-        if spec is None or spec.origin is None:
-            raise ConfigError(f"{recipe.path} {where} = {value!r}: no such module")
-        origin = Path(spec.origin)
-        paths = sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
-    else:
-        path = (recipe.base / Path(value).expanduser()).resolve()
-        if not path.exists():
-            raise ConfigError(f"{recipe.path} {where}: no file or folder {path}")
-        paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        try:
+            return _hash_module(value.partition(":")[0])
+        except ModuleNotFoundError:
+            raise ConfigError(f"{recipe.path} {where} = {value!r}: no such module") from None
+    path = (recipe.base / Path(value).expanduser()).resolve()
+    if not path.exists():
+        raise ConfigError(f"{recipe.path} {where}: no file or folder {path}")
+    return _hash_files(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def _hash_module(name: str) -> str:
+    """Return the SHA-256 of a module's file, or of all files of a package; what it imports is not followed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name)
+    origin = Path(spec.origin)
+    return _hash_files(sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin])
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(f"{p.name} {sha256_file(p)}\n" for p in paths).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -88,6 +89,7 @@ def metrics(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+@functools.cache
 def logged_metrics(root: Path) -> dict[str, set[str]]:
     """Return each `group/name` that stages, objectives and the loop report, with the files it is in."""
     found: dict[str, set[str]] = defaultdict(set)

@@ -1,5 +1,6 @@
 """The documentation matches the code, and a stale page, a dead link or a silent metric is found."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ def copy(tmp_path):
     for page, parts in {"README.md": ("tree", "cli"), "docs/metrics.md": ("metrics",)}.items():
         blocks = [f"<!-- generated:{part} -->\n<!-- /generated -->\n" for part in parts]
         (tmp_path / page).write_text("# Page\n" + "".join(blocks))
+    (tmp_path / "docs/stages").mkdir()
+    for page in (ROOT / "docs/stages").glob("*.md"):  # without their links, which lead out of this small tree
+        (tmp_path / "docs/stages" / page.name).write_text(re.sub(r"\]\([^)]*\)", "]", page.read_text()))
     code, output = check(tmp_path, "--write")
     assert code == 0, output
     return tmp_path
@@ -67,3 +71,23 @@ def test_an_edited_part_a_lost_part_and_a_dead_link_are_found(copy):
     assert "the part 'cli' is stale" in output
     assert "link to docs/nowhere.md leads nowhere" in output
     assert "docs/metrics.md: lacks the generated part 'metrics'" in output
+
+
+def test_a_changed_default_makes_the_table_of_a_stage_stale(copy):
+    path = copy / "src/trivium/stages/ppo.py"
+    path.write_text(path.read_text().replace("lam: float = 0.95", "lam: float = 0.9"))
+    code, output = check(copy)
+    assert code == 1 and "docs/stages/ppo.md: the part 'config ppo' is stale" in output
+
+
+def test_a_stage_page_that_leaves_out_an_estimator_is_found(copy):
+    page = copy / "docs/stages/grpo.md"
+    page.write_text(page.read_text().replace("- `rollout/kl`:", "- it:"))
+    code, output = check(copy)
+    assert code == 1 and "docs/stages/grpo.md: does not say how rollout/kl is estimated" in output
+
+
+def test_a_lost_stage_page_is_found(copy):
+    (copy / "docs/stages/dpo.md").unlink()
+    code, output = check(copy)
+    assert code == 1 and "docs/stages/dpo.md: is missing" in output

@@ -92,7 +92,7 @@ def test_sft_starts_from_a_local_folder(tmp_path: Path, family: str) -> None:
 def test_the_whole_recipe_once_people_have_ranked(tmp_path: Path) -> None:
     """It waits for people; with annotators in their place it goes on to an exported model."""
     recipe, small = recipe_for(tmp_path, "qwen2")
-    with pytest.raises(Waiting, match="rankings to give; run `trivium rank"):
+    with pytest.raises(Waiting, match="prompts to rank; run `trivium rank"):
         run_recipe(recipe, workspace=tmp_path / "w", overrides=small)
     small["collect_comparisons"]["annotators"] = "trivium.data.microworld:annotators"
     done = run_recipe(recipe, workspace=tmp_path / "w", overrides=small)

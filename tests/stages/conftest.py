@@ -51,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer)
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=192,
+        max_position_embeddings=512,
         qk_norm=True,
         tie_word_embeddings=True,
         bos_token_id=tiny_tokenizer.bos_id,

@@ -65,7 +65,9 @@ def test_equal_rewards_move_nothing(make: Make, folders: Folders, module_of, kin
     assert {value for _, value in curves["rollout/kl"]} == {0.0}
 
 
-def test_groups_stay_whole_through_sampling_and_minibatches(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_stay_whole_through_sampling_and_minibatches(
+    make: Make, module_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every minibatch holds whole groups; a round gives every drawn prompt exactly group_size completions (row 52)."""
     seen: list[list[int]] = []
     rounds: list[tuple[list[int], torch.Tensor]] = []
@@ -86,9 +88,7 @@ def test_groups_stay_whole_through_sampling_and_minibatches(make: Make, monkeypa
 
     monkeypatch.setattr(grpo, "select_rows", noting_rows)
     monkeypatch.setattr(grpo.Trainer, "shape", noting_round)
-    module = __import__("sys").modules[__name__]
-    monkeypatch.setitem(__import__("sys").modules, "grpo_rewards_for_test", module)
-    grpo.run(dataclasses.replace(CONFIG, rewards={"grpo_rewards_for_test:even": 1.0}), make("groups"))
+    grpo.run(dataclasses.replace(CONFIG, rewards={f"{module_of(even=even)}:even": 1.0}), make("groups"))
     for (rows, advantages), used in zip(rounds, seen, strict=True):
         assert sorted(used) == list(range(12))  # each completion is trained on once
         for start in range(0, 12, 4):
@@ -135,6 +135,7 @@ def test_what_is_rewarded_grows(make: Make, module_of) -> None:
         iterations=24,
         prompts_per_round=4,
         group_size=8,
+        minibatches=4,
         beta=0.0,
         save_every=100,
         rewards={f"{module_of(even=even)}:even": 1.0},

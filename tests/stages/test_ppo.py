@@ -143,7 +143,7 @@ def test_what_stands_at_masked_positions_changes_nothing(make: Make) -> None:
 def test_a_run_moves_policy_and_value_and_nothing_else(make: Make, folders: Folders) -> None:
     """Reference and reward model are the folder's weights to the bit, and unused gradients reach neither."""
     run = make("frozen")
-    trainer, rows, generated, scores, batch = first_round(CONFIG, run)
+    trainer, rows, generated, _scores, batch = first_round(CONFIG, run)
     before = {name: p.clone() for name, p in trainer.reward.model.state_dict().items()}
     for round_ in range(2):
         metrics = trainer.update(batch, round_)

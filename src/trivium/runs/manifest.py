@@ -88,6 +88,7 @@ class Run:
         self._summary: dict[str, Any] = {}
         self._cost = manifest.cost
         self._started = time.monotonic()
+        reset_peak_memory()
 
     @property
     def id(self) -> str:
@@ -229,8 +230,17 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def reset_peak_memory() -> None:
+    """Start counting peak memory anew, so that each stage of one process has its own (Linux; elsewhere it stays)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
+    """Return the largest resident memory of this process since `reset_peak_memory`, or since its start."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -18,13 +18,13 @@ from typing import Protocol
 import numpy as np
 
 from trivium.config import CodeRef, InputPath, Ref, UserError, Waiting, bounds, load_attribute
-from trivium.data.chat import render_prompt
-from trivium.data.sources import load_preferences, load_prompts
+from trivium.data.sources import load_preferences
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
 from trivium.models.hf import load_model
 from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
+from trivium.preferences.store.judgements import task_id
 from trivium.records import (
     AnnotatorKind,
     Completion,
@@ -37,7 +37,7 @@ from trivium.records import (
 )
 from trivium.runs.manifest import Run
 from trivium.training.distributed import device_of
-from trivium.training.rollout import SampleConfig, sample
+from trivium.training.rollout import PromptSet, SampleConfig, room_for_prompt, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,23 +120,13 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
             (from_dict(Conversation, row["prompt"]), [from_dict(Completion, c) for c in row["completions"]])
             for row in read_jsonl(path)
         ]
-    prompts = list(
-        load_prompts(
-            config.prompts,
-            base=run.base,
-            seed=run.seed,
-            options=config.options,
-            strict=run.settings.strict,
-            quarantine=run.dir / "quarantine.jsonl",
-        )
-    )
-    if not prompts:
-        raise UserError(f'no prompts in {", ".join(config.prompts)}; each line needs a "prompt" or "messages"')
     tokenizer = Tokenizer.load(run.model("policy"))
     model = load_model(run.model("policy"), device=device_of(run.settings))
+    longest = room_for_prompt(model, config.sampling)
+    prompts = PromptSet(run, tokenizer, config.prompts, config.options, longest=longest)
     stop = frozenset({tokenizer.end_id, tokenizer.eos_id})
-    repeated = [prompt for prompt in prompts for _ in range(config.num_responses)]
-    encoded = [render_prompt(tokenizer, prompt) for prompt in repeated]
+    repeated = [prompt for prompt in prompts.prompts for _ in range(config.num_responses)]
+    encoded = [ids for ids in prompts.encoded for _ in range(config.num_responses)]
     generated = sample(model, encoded, config.sampling, stop_ids=stop, seed=run.seed)
     num_tokens = sum(len(g.token_ids) for g in generated)
     run.spend(tokens=num_tokens, flops=model.config.flops_per_token(256) * (num_tokens + sum(map(len, encoded))))
@@ -153,10 +143,12 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
         for prompt, g in zip(repeated, generated, strict=True)
     ]
     tasks: list[Task] = []
+    # A prompt whose responses are all one text (or empty) has nothing to rank: it is left out, and counted.
     for start in range(0, len(repeated), config.num_responses):
         distinct = {c.text: c for c in completions[start : start + config.num_responses] if c.text.strip()}
         if len(distinct) > 1:
             tasks.append((repeated[start], list(distinct.values())))
+    run.note(prompts_too_long=prompts.too_long, prompts_without_choice=len(prompts) - len(tasks))
     write_jsonl(path, ({"prompt": to_dict(p), "completions": [to_dict(c) for c in cs]} for p, cs in tasks))
     return tasks
 
@@ -166,6 +158,8 @@ def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) 
     annotators: list[Annotator] = list(load_attribute(config.annotators)(run.seed))
     if len(annotators) < config.overlap:
         raise UserError(f"overlap = {config.overlap}, but {config.annotators} has {len(annotators)} annotators")
+    if any(annotator.kind not in ("ai", "simulated") for annotator in annotators):
+        raise UserError(f"{config.annotators} is code, so the kind of its annotators must be 'ai' or 'simulated'")
     given: list[tuple[Ranking, str, str]] = []
     with run.progress("ranking", len(tasks)) as advance:
         for number, (prompt, completions) in enumerate(tasks):
@@ -178,29 +172,34 @@ def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) 
 
 
 def import_rankings(config: Config, run: Run, store: Store) -> None:
-    """Store rankings that people gave elsewhere, each with its annotator and the kind human."""
+    """Store rankings given elsewhere, each with its annotator; human, unless the file says that it was not."""
     rows = load_preferences(
         config.rankings,
         base=run.base,
         seed=run.seed,
         options=config.options,
         strict=run.settings.strict,
-        quarantine=run.dir / "quarantine.jsonl",
+        quarantine=run.dir / "quarantine-rankings.jsonl",
     )
     pending: list[tuple[Task, Ranking]] = []
-    for number, (prompt, responses, groups, annotator) in enumerate(rows):
+    for number, (prompt, responses, groups, annotator, kind) in enumerate(rows):
         if config.max_rankings and number >= config.max_rankings:
             break
         completions = [Completion(prompt_id=prompt.id, text=text, policy="imported") for text in responses]
         if len({c.id for c in completions}) < len(completions):
             continue  # the same text twice cannot be compared with itself
         placed = tuple(tuple(completions[i].id for i in group) for group in groups)
-        ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind="human")
+        ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind=kind)
         pending.append(((prompt, completions), ranking))
-    # A prompt may come with several sets of responses, so each ranking names its task.
-    stored = store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
-    given = [(ranking, f"{task.id}/{ranking.id}", task.id) for task, (_, ranking) in zip(stored, pending, strict=True)]
-    store.submit_many(given, run.id)
+    store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
+    # A prompt may come with several sets of responses, so each ranking names its task. Data sets also repeat and
+    # contradict themselves: what an annotator said first stands.
+    given: dict[tuple[str, str], tuple[Ranking, str, str]] = {}
+    for (prompt, completions), ranking in pending:
+        task = task_id(run.id, prompt.id, [c.id for c in completions])
+        given.setdefault((task, ranking.annotator), (ranking, f"{task}/{ranking.id}", task))
+    store.submit_many(given.values(), run.id)
+    run.note(num_repeated=len(pending) - len(given))
 
 
 def summarise(config: Config, run: Run, store: Store) -> None:
@@ -210,7 +209,7 @@ def summarise(config: Config, run: Run, store: Store) -> None:
     run.note(collection=run.id)
     if config.annotators == "people" and config.prompts and open_tasks:
         raise Waiting(
-            f"{run.manifest.table}: {open_tasks} rankings to give; run "
+            f"{run.manifest.table}: {open_tasks} prompts to rank; run "
             f"`trivium rank --workspace {run.workspace}`, then run this recipe again"
         )
     # A copy of what was known when the run ended, in the schema that everybody reads.

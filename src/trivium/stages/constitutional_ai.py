@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute, one_of
+from trivium.config import CodeRef, InputPath, Ref, UserError, bounds, load_attribute, one_of
 from trivium.data.chat import Rendered, render, render_prompt
 from trivium.data.collate import pad_rows
 from trivium.data.loader import RowLoader
@@ -35,7 +35,7 @@ from trivium.rewards.constitution import Principle, critique_prompt, load_princi
 from trivium.runs.manifest import Run
 from trivium.training.distributed import device_of, world
 from trivium.training.loop import FitConfig, fit
-from trivium.training.rollout import PromptSet, SampleConfig, chunks, sample
+from trivium.training.rollout import PromptSet, SampleConfig, chunks, room_for_prompt, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,14 @@ def run(config: Config, run: Run) -> None:
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device=device_of(run.settings))
     rows = write_revisions(config, run, tokenizer, model)
-    rank_by_principle(config, run, rows)
+    num_ranked = rank_by_principle(config, run, rows)
     revised = [row for row in rows if row["revision"].strip() and row["revision"] != row["responses"][0]]
     train = training_rows(config, run, tokenizer, revised)
+    if not train:
+        raise UserError(
+            f"{run.manifest.table}: {len(revised)} of {len(rows)} responses were revised and none of them, nor any "
+            f"replay, fits context = {config.context}, so there is nothing to learn; give more prompts or replay"
+        )
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(r.input_ids) for r in train])
     device = device_of(run.settings)
     rank, size = world()
@@ -122,7 +127,7 @@ def run(config: Config, run: Run) -> None:
         critic=config.critic,
         num_prompts=len(rows),
         num_revised=len(revised),
-        kinds={config.judge_kind: len(rows)} if config.judge else {},
+        kinds={config.judge_kind: num_ranked} if num_ranked else {},
         data={
             "name": ", ".join(config.prompts),
             "num_prompts": len(rows),
@@ -140,29 +145,30 @@ def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Trans
     if path.exists():
         return list(read_jsonl(path))
     principles = load_principles(config.principles, base=run.base)
-    prompts = PromptSet(run, tokenizer, config.prompts, config.options, model)
+    longest = room_for_prompt(model, config.sampling)
+    prompts = PromptSet(run, tokenizer, config.prompts, config.options, longest=longest).prompts
     write = Writer(run, tokenizer, model, config.sampling)
-    repeated = [prompt for prompt in prompts.prompts for _ in range(config.num_responses)]
+    repeated = [prompt for prompt in prompts for _ in range(config.num_responses)]
     flat = write(repeated, 0)
     responses = [flat[i : i + config.num_responses] for i in range(0, len(flat), config.num_responses)]
     chosen = np.random.default_rng([run.seed, 31]).integers(len(principles), size=len(prompts))
     rules = [principles[i] for i in chosen]
     first = [texts[0] for texts in responses]
     if config.critic == "self":
-        asked = [critique_prompt(p, r, rule) for p, r, rule in zip(prompts.prompts, first, rules, strict=True)]
+        asked = [critique_prompt(p, r, rule) for p, r, rule in zip(prompts, first, rules, strict=True)]
         critiques = write(asked, 1)
     else:
         critic = load_attribute(config.critic)
-        critiques = [critic(p, r, _plain(rule)) for p, r, rule in zip(prompts.prompts, first, rules, strict=True)]
+        critiques = [critic(p, r, _plain(rule)) for p, r, rule in zip(prompts, first, rules, strict=True)]
     if config.reviser == "self":
-        parts = zip(prompts.prompts, first, critiques, rules, strict=True)
+        parts = zip(prompts, first, critiques, rules, strict=True)
         revisions = write([revision_prompt(p, r, c, rule) for p, r, c, rule in parts], 2)
     else:
         reviser = load_attribute(config.reviser)
-        revisions = [reviser(p, r, c) for p, r, c in zip(prompts.prompts, first, critiques, strict=True)]
+        revisions = [reviser(p, r, c) for p, r, c in zip(prompts, first, critiques, strict=True)]
     rows = [
         {"prompt": p.as_dicts(), "responses": t, "principle": _plain(rule), "critique": c, "revision": v}
-        for p, t, rule, c, v in zip(prompts.prompts, responses, rules, critiques, revisions, strict=True)
+        for p, t, rule, c, v in zip(prompts, responses, rules, critiques, revisions, strict=True)
     ]
     write_jsonl(path, rows)
     return rows
@@ -190,10 +196,11 @@ def _plain(principle: Principle) -> dict[str, str]:
     return {name: getattr(principle, name) for name in fields}
 
 
-def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Store the judge's ranking of each prompt's responses and its revision, by the prompt's principle."""
+def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Store the judge's ranking of each prompt's responses and its revision, by its principle; return how many."""
     if not config.judge:
-        return
+        return 0
+    num_ranked = 0
     judge = load_attribute(config.judge)
     kind: AnnotatorKind = "ai" if config.judge_kind == "ai" else "simulated"
     with Store(run.workspace / "preferences.db") as store:
@@ -209,6 +216,8 @@ def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]
             ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=name, kind=kind)
             store.add_tasks(run.id, [(prompt, completions)])
             store.submit(ranking, run.id, idempotency_key=f"{run.id}/{prompt.id}")
+            num_ranked += 1
+    return num_ranked
 
 
 def _prompt(row: Mapping[str, Any]) -> Conversation:
@@ -224,7 +233,7 @@ def training_rows(config: Config, run: Run, tokenizer: Tokenizer, rows: Sequence
         seed=run.seed,
         options=config.replay_options,
         strict=run.settings.strict,
-        quarantine=run.dir / "quarantine.jsonl",
+        quarantine=run.dir / "quarantine-replay.jsonl",
     )
     rendered = [render(tokenizer, messages) for messages in [*revised, *(list(c.messages) for c in replay)]]
     return [row for row in rendered if any(row.trained) and len(row.input_ids) <= config.context + 1]

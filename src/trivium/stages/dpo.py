@@ -3,7 +3,7 @@
 Reads   rankings from preferences.db; the SFT model, which is both start and frozen reference
 Writes  model/: a chat model
 Paper   Rafailov et al. 2023, arXiv 2305.18290, equation 7; IPO: Azar et al. 2023, arXiv 2310.12036, equation 17
-Watch   train/margin grows, eval/accuracy with it; kl@1 says how far from the reference it went
+Watch   train/margin grows, eval/accuracy with it; how far from the reference it went, evaluate says in nats
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind
 from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
-from trivium.training.judgements import data_facts, load_judgements, num_pairs
+from trivium.training.judgements import data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 
 
@@ -61,7 +61,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse combinations that would be ignored silently."""
         one_of(self, loss=("dpo", "ipo"))
-        bounds(self, beta=(1e-6, None), label_smoothing=(0, 0.5), heldout_frac=(0.01, 0.9), context=(8, None))
+        bounds(self, beta=(1e-6, None), label_smoothing=(0, 0.499), heldout_frac=(0.01, 0.9), context=(8, None))
         if self.loss == "ipo":
             bounds(self, label_smoothing=(0, 0))
 
@@ -126,9 +126,8 @@ def run(config: Config, run: Run) -> None:
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     final = measure(run, model, config, heldout, tokenizer.pad_id)
-    pairs = num_pairs(heldout)
-    low, high = wilson_interval(final["eval/accuracy"] * pairs, pairs)
-    run.result("implicit_reward@1", "accuracy", final["eval/accuracy"], low=low, high=high, n=pairs)
+    low, high = wilson_interval(final["eval/accuracy"] * len(heldout), len(heldout))
+    run.result("implicit_reward@1", "accuracy", final["eval/accuracy"], low=low, high=high, n=len(heldout))
     run.note(
         steps=config.fit.steps,
         num_parameters=model.config.num_parameters(),

@@ -37,6 +37,7 @@ from trivium.training.rollout import (
     SampleConfig,
     completion_logprobs,
     log_samples,
+    room_for_prompt,
     sample,
     to_tokens,
     token_columns,
@@ -129,7 +130,8 @@ class Trainer:
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
         self.rewards = [(load_attribute(name), weight) for name, weight in config.rewards.items()]
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, self.policy)
+        longest = room_for_prompt(self.policy, config.sampling)
+        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, longest=longest)
         self.loader = RowLoader(len(self.prompts), min(config.prompts_per_round, len(self.prompts)), run.seed)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
@@ -245,6 +247,7 @@ class Trainer:
             steps=config.iterations * config.minibatches,
             rounds=config.iterations,
             num_parameters=self.policy.config.num_parameters(),
+            prompts_too_long=self.prompts.too_long,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
         )
         self.tokenizer.save(run.dir / "model")

@@ -39,6 +39,7 @@ from trivium.training.rollout import (
     chunks,
     completion_logprobs,
     log_samples,
+    room_for_prompt,
     sample,
     to_tokens,
     token_columns,
@@ -157,7 +158,8 @@ class Trainer:
         self.controller = losses.AdaptiveKL(config.kl_coef, config.kl_target or None, horizon=10 * config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, self.policy)
+        longest = room_for_prompt(self.policy, config.sampling)
+        self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, longest=longest)
         self.loader = RowLoader(len(self.prompts), config.batch_size, run.seed)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
@@ -212,7 +214,7 @@ class Trainer:
         config = self.config
         scale = lr_scale(config.optim.schedule, round_, config.iterations)
         totals: dict[str, float] = {}
-        steps = config.epochs * config.minibatches
+        steps = 0
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
         for _ in range(config.epochs):
             for rows in torch.randperm(len(batch.scores), generator=generator).tensor_split(config.minibatches):
@@ -221,14 +223,15 @@ class Trainer:
                 policy = step(partial(objective, self.policy, config), [part], self.optimizers["policy"])
                 value = step(partial(value_objective, self.value, config), [part], self.optimizers["value"])
                 figures = {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
-                figures |= policy.metrics
+                figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}
                 for name, figure in figures.items():
-                    totals[name] = totals.get(name, 0.0) + figure / steps
+                    totals[name] = totals.get(name, 0.0) + figure
+                steps += 1
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
         # Sampling, reference, old policy, values and score are one forward each; each epoch trains two networks.
         flops = self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens * (5 + 6 * config.epochs)
         self.run.spend(tokens=num_tokens, flops=flops)
-        return totals
+        return {name: total / steps for name, total in totals.items()}
 
     def record(
         self,
@@ -285,6 +288,7 @@ class Trainer:
             steps=config.iterations * config.epochs * config.minibatches,
             rounds=config.iterations,
             num_parameters=self.policy.config.num_parameters(),
+            prompts_too_long=self.prompts.too_long,
             kl_coef=self.controller.value,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
         )

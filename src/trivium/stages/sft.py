@@ -99,6 +99,7 @@ def run(config: Config, run: Run) -> None:
         num_parameters=model.config.num_parameters(),
         data=facts["data"],
         skipped_too_long=facts["too_long"],
+        skipped_untrained=facts["untrained"],
         prompt_diversity=facts["diversity"],
         epochs=config.fit.steps * config.fit.batch_size / len(train),
     )
@@ -117,7 +118,7 @@ def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row]
     train: list[Row] = []
     heldout: list[Row] = []
     prompts: list[Conversation] = []
-    too_long = 0
+    too_long = untrained = 0
     conversations = load_conversations(
         config.data,
         base=run.base,
@@ -134,17 +135,20 @@ def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row]
             side = heldout if _is_heldout(conversation, config.heldout_frac) else train
             side.append((rendered.input_ids, rendered.trained))
             prompts.append(Conversation(messages=conversation.messages[:-1]))
+        else:
+            untrained += 1
     if not train or not heldout:
         raise UserError(
             f"{len(train)} conversations to train on and {len(heldout)} held out of "
             f"{', '.join(config.data) or 'no data'} ({too_long} longer than context = {config.context}); "
-            "give more data or a larger context"
+            "give more data, or change heldout_frac or context"
         )
     tokens = sum(len(ids) for ids, _ in train)
     data = {"name": ", ".join(config.data), "num_conversations": len(train), "tokens": tokens}
     facts = {
         "data": data,
         "too_long": too_long,
+        "untrained": untrained,
         "samples": prompts[:3],
         "diversity": prompt_diversity([p.messages[-1].content for p in prompts if p.messages]),
     }

@@ -65,23 +65,31 @@ class PromptSet:
     """The prompts of a stage with their ids, as the generator wants them."""
 
     def __init__(
-        self, run: Run, tokenizer: Tokenizer, specs: Sequence[str], options: Mapping[str, int], model: Transformer
+        self, run: Run, tokenizer: Tokenizer, specs: Sequence[str], options: Mapping[str, int], *, longest: int
     ) -> None:
-        """Load and encode every prompt; raises UserError when there is none, or one too long for `model`."""
-        self.prompts: list[Conversation] = list(
-            load_prompts(
-                specs,
-                base=run.base,
-                seed=run.seed,
-                options=dict(options),
-                strict=run.settings.strict,
-                quarantine=run.dir / "quarantine.jsonl",
-            )
+        """Load and encode the prompts, each once; those of more than `longest` tokens are counted in `too_long`.
+
+        Raises UserError when none is left.
+        """
+        prompts = load_prompts(
+            specs,
+            base=run.base,
+            seed=run.seed,
+            options=dict(options),
+            strict=run.settings.strict,
+            quarantine=run.dir / "quarantine-prompts.jsonl",
         )
-        if not self.prompts:
-            raise UserError(f'no prompts in {", ".join(specs) or "nothing"}; each line needs a "prompt" or "messages"')
-        self.encoded = [render_prompt(tokenizer, prompt) for prompt in self.prompts]
-        check_room(model, self.encoded)
+        distinct = {prompt.id: prompt for prompt in prompts}
+        pairs = [(prompt, render_prompt(tokenizer, prompt)) for prompt in distinct.values()]
+        kept = [(prompt, ids) for prompt, ids in pairs if len(ids) <= longest]
+        self.too_long = len(pairs) - len(kept)
+        if not kept:
+            raise UserError(
+                f"no prompts in {', '.join(specs) or 'nothing'} ({self.too_long} longer than the {longest} tokens that "
+                'leave room for a response); each line needs a "prompt" or "messages"'
+            )
+        self.prompts: list[Conversation] = [prompt for prompt, _ in kept]
+        self.encoded = [ids for _, ids in kept]
 
     def __len__(self) -> int:
         """Return how many prompts there are."""
@@ -90,6 +98,11 @@ class PromptSet:
     def text(self, row: int) -> str:
         """Return the last user message of a prompt, for people to look at."""
         return self.prompts[row].messages[-1].content
+
+
+def room_for_prompt(model: Transformer, config: SampleConfig) -> int:
+    """Return the longest prompt, in tokens, after which a whole completion still fits into the model's context."""
+    return model.config.max_position_embeddings - config.max_new_tokens
 
 
 def check_room(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 from trivium.data.sources.files import extract_html
 from trivium.data.sources.intake import BadRecord
-from trivium.records import Conversation, Document, Message, Role
+from trivium.records import AnnotatorKind, Conversation, Document, Message, Role
 
 Row = Mapping[str, Any]
 
@@ -37,6 +37,7 @@ class Judgement(NamedTuple):
     responses: list[str]
     groups: list[list[int]]
     annotator: str
+    kind: AnnotatorKind = "human"
 
 
 def to_document(row: Row) -> Document:
@@ -98,7 +99,11 @@ def to_judgements(row: Row) -> list[Judgement]:
     else:
         raise BadRecord(f"no preference in the record: it has {_keys(row)}")
     prompt = Conversation(messages=prompt.messages, source=prompt.source)
-    return [Judgement(prompt, *_without_copies(texts, groups), annotator) for annotator, groups in given]
+    # Only our own exports say who judged; data sets that people publish as human preferences say nothing.
+    kind = row.get("kind", "human")
+    if kind not in get_args(AnnotatorKind):
+        raise BadRecord(f"kind is {kind!r}, not human, ai or simulated")
+    return [Judgement(prompt, *_without_copies(texts, groups), annotator, kind) for annotator, groups in given]
 
 
 def to_messages(value: Any, *, role: Role = "user") -> list[Message]:

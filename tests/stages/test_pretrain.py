@@ -1,0 +1,171 @@
+"""Pre-training on a few documents of the microworld: what is measured, what is left, and that it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from trivium.batches import IGNORE, TokenBatch
+from trivium.config import ConfigError
+from trivium.data import microworld
+from trivium.data.shards import open_shards, write_shards
+from trivium.data.tokenizer import Tokenizer
+from trivium.losses.cross_entropy import cross_entropy
+from trivium.models.hf import load_model, read_stop_ids
+from trivium.models.transformer import Transformer
+from trivium.runs.events import read_events, read_metrics
+from trivium.runs.manifest import Run
+from trivium.stages import pretrain
+from trivium.training.loop import FitConfig
+from trivium.training.optim import OptimConfig
+
+from .conftest import equal, saved_weights, story
+
+CONFIG = pretrain.Config(
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=32,
+    context=32,
+    prompts=("The",),
+    fit=FitConfig(steps=20, batch_size=8, log_every=1, eval_every=10, save_every=8, optim=OptimConfig(lr=1e-2)),
+)
+Make = Callable[[str], Run]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, tiny_tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Return the texts of both sides, which stand as shards in the workspace."""
+    texts = [document.text for document in microworld.documents(3, num=66)]
+    sides = {"train": texts[:60], "heldout": texts[60:]}
+    folder = tmp_path / "train_tokenizer" / "train_tokenizer-0"
+    tiny_tokenizer.save(folder / "tokenizer")
+    for side, part in sides.items():
+        write_shards(
+            folder / "shards" / side,
+            zip(tiny_tokenizer.encode_documents(part), (len(text.encode()) for text in part), strict=True),
+            tokenizer_fingerprint=tiny_tokenizer.fingerprint,
+            vocab_size=tiny_tokenizer.vocab_size,
+        )
+    return sides
+
+
+@pytest.fixture
+def make(stage_run: Callable[..., Run], corpus: dict[str, list[str]]) -> Make:
+    """Return a maker of pre-training runs."""
+    return lambda name: stage_run(name, {"corpus": "train_tokenizer-0"}, table="pretrain")
+
+
+def test_loss_falls_and_the_folder_is_a_base_model(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """The first loss is that of guessing; the model ends documents with <eos> and the manifest counts what it saw."""
+    run = make("a")
+    pretrain.run(CONFIG, run)
+    curves = read_metrics(run.dir)
+    assert curves["train/loss"][0][1] == pytest.approx(math.log(400), abs=0.15)
+    assert curves["train/loss"][-1][1] < curves["train/loss"][0][1] - 0.6
+    assert [step for step, _ in curves["eval/loss"]] == [10, 20]
+    assert read_stop_ids(run.dir / "model") == {tiny_tokenizer.eos_id}
+    assert Tokenizer.load(run.dir / "model").fingerprint == tiny_tokenizer.fingerprint
+    manifest = run.finish("done")
+    assert manifest.summary["num_parameters"] == sum(p.numel() for p in load_model(run.dir / "model").parameters())
+    assert manifest.cost.tokens == 20 * 8 * 32
+    assert manifest.cost.flops > 6 * manifest.summary["num_parameters"] * manifest.cost.tokens * 0.5
+    samples = [e.value for e in read_events(run.dir, kind="sample")]
+    assert [s["prompt"] for s in samples] == ["The", "The"]
+
+
+def test_bits_per_byte_are_the_nats_of_the_heldout_text_over_its_bytes(
+    make: Make, corpus: dict[str, list[str]], tiny_tokenizer: Tokenizer
+) -> None:
+    """One document at a time, its whole text in one row, gives the same figure as the packed rows."""
+    run = make("bits")
+    torch.manual_seed(0)
+    model = Transformer(pretrain.model_config(dataclasses.replace(CONFIG, context=256), tiny_tokenizer))
+    model.init_weights(7)
+    shards = open_shards(
+        run.workspace / "train_tokenizer" / "train_tokenizer-0" / "shards" / "heldout", tiny_tokenizer.fingerprint
+    )
+    nats = count = 0.0
+    with torch.no_grad():
+        for ids in tiny_tokenizer.encode_documents(corpus["heldout"]):
+            row = torch.tensor([ids])
+            losses = cross_entropy(model.logits(model(row[:, :-1])), row[:, 1:])
+            nats, count = nats + float(losses.sum()), count + losses.numel()
+    num_bytes = sum(len(text.encode()) for text in corpus["heldout"])
+    # A context that holds everything in one row, so that no document is cut.
+    measured = pretrain.heldout_loss(run, model, shards, context=shards.num_tokens)
+    assert measured["eval/loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert measured["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_no_token_sees_another_document(tiny_tokenizer: Tokenizer) -> None:
+    """Two documents packed into a row cost what they cost alone; changing one leaves the other's loss as it was."""
+    model = Transformer(pretrain.model_config(CONFIG, tiny_tokenizer))
+    model.init_weights(0)
+    first, second = torch.arange(20, 28), torch.arange(50, 60)
+
+    def packed(left: torch.Tensor, right: torch.Tensor, *, train: str) -> float:
+        targets = [torch.cat([part[1:], torch.tensor([IGNORE])]) for part in (left, right)]
+        keep = [t if name == train else torch.full_like(t, IGNORE) for t, name in zip(targets, "ab", strict=True)]
+        batch = TokenBatch(
+            input_ids=torch.cat([left, right])[None],
+            targets=torch.cat(keep)[None],
+            positions=torch.cat([torch.arange(len(left)), torch.arange(len(right))])[None],
+            document_ids=torch.tensor([[0] * len(left) + [1] * len(right)]),
+        )
+        return pretrain.objective(model, 0.0, batch).total.item()
+
+    def alone(ids: torch.Tensor) -> float:
+        losses = cross_entropy(model.logits(model(ids[None, :-1])), ids[None, 1:])
+        return losses.sum().item()
+
+    assert packed(first, second, train="a") == pytest.approx(alone(first), rel=1e-5)
+    assert packed(first, second, train="b") == pytest.approx(alone(second), rel=1e-5)
+    assert packed(first + 100, second, train="b") == packed(first, second, train="b")
+
+
+def test_cut_off_and_resumed_is_uninterrupted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in an evaluation after a checkpoint: weights, log, samples and result are as if never cut."""
+    whole = make("whole")
+    pretrain.run(CONFIG, whole)
+    expected = whole.finish("done")
+    continue_text = pretrain.continue_text
+
+    def dying(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "continue_text", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(CONFIG, make("cut"))
+    monkeypatch.setattr(pretrain, "continue_text", continue_text)
+    resumed = make("cut")
+    pretrain.run(CONFIG, resumed)
+    assert equal(saved_weights(whole), saved_weights(resumed))
+    assert story(whole) == story(resumed)
+    manifest = resumed.finish("done")
+    assert (manifest.results, manifest.summary) == (expected.results, expected.summary)
+    assert (manifest.cost.tokens, manifest.cost.flops) == (expected.cost.tokens, expected.cost.flops)
+
+
+def test_micro_batches_change_memory_not_results(make: Make) -> None:
+    """Eight rows at once or three at a time: the same weights to rounding."""
+    runs = [make("one"), make("split")]
+    fit = dataclasses.replace(CONFIG.fit, steps=3, optim=OptimConfig(kind="adamw", lr=1e-2, eps=1e-3))
+    pretrain.run(dataclasses.replace(CONFIG, fit=fit), runs[0])
+    pretrain.run(dataclasses.replace(CONFIG, fit=dataclasses.replace(fit, micro_batch_size=3)), runs[1])
+    first, second = (saved_weights(run) for run in runs)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+
+
+def test_shapes_that_no_transformer_has_are_refused() -> None:
+    """Heads must divide the width, key/value heads the heads."""
+    with pytest.raises(ConfigError, match="hidden_size = 100 must divide"):
+        pretrain.Config(hidden_size=100, num_heads=3)
+    with pytest.raises(ConfigError, match="num_layers"):
+        pretrain.Config(num_layers=0)
