@@ -54,7 +54,7 @@ class DiskFull(UserError):
 
 
 Ref = Annotated[str, "ref"]
-"""An artifact: `"stage@latest"`, `"run_id"`, `"run_id@step"`, or the path of a Hugging Face model folder."""
+"""An artifact: `"stage@latest"`, `"run_id"`, or the path of a Hugging Face model folder."""
 
 CodeRef = Annotated[str, "code"]
 """`"module:attribute"`, naming code; its module is hashed, so that changed code is a changed run."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from trivium.records import Event, from_dict, read_jsonl, to_dict
 
@@ -27,8 +28,8 @@ class EventLog:
         self.run_id = run_id
         self._events_path = folder / "events.jsonl"
         self._specimens_path = folder / "specimens.jsonl"
-        self._events = self._events_path.open("ab")
-        self._specimens = self._specimens_path.open("ab")
+        self._events = _open(self._events_path)
+        self._specimens = _open(self._specimens_path)
         self._counts: dict[str, int] = {}
         if self._specimens_path.stat().st_size:
             self._recount()
@@ -55,7 +56,7 @@ class EventLog:
     def _write(self, file: Any, kind: Any, name: str, value: Any, step: int) -> None:
         event = Event(run_id=self.run_id, step=step, time=round(time.time(), 3), kind=kind, name=name, value=value)
         # Rounding the clock to milliseconds keeps lines short; one write per line keeps them whole for readers.
-        file.write((json.dumps(to_dict(event), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+        file.write((_one_line(to_dict(event)) + "\n").encode("utf-8", "surrogatepass"))
         file.flush()
 
     def offsets(self) -> dict[str, int]:
@@ -78,6 +79,21 @@ class EventLog:
         """Close both files."""
         self._events.close()
         self._specimens.close()
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a log for appending; half a line, left by a writer that was killed, would spoil the next, so it goes."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return path.open("ab")
+
+
+def _one_line(value: object) -> str:
+    """Return `value` as JSON; a NaN or an infinity, which JSON does not have, becomes null wherever it stands."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)
 
 
 def read_events(run_folder: Path, *, kind: str | None = None) -> Iterator[Event]:
