@@ -256,8 +256,8 @@ def test_attributes_are_loaded_by_name() -> None:
     assert load_attribute("json:loads") is __import__("json").loads
     with pytest.raises(ConfigError, match="cannot import 'no_such_module'"):
         load_attribute("no_such_module:f")
-    with pytest.raises(ConfigError, match="did you mean 'loads'"):
-        load_attribute("json:loadz")
+    with pytest.raises(ConfigError, match="did you mean 'JSONDecoder'"):
+        load_attribute("json:JSONDecodr")
 
 
 def test_exit_codes() -> None:

@@ -1,4 +1,4 @@
-"""`python -m trivium`: the same as the `trivium` command, also under torchrun."""
+"""`python -m trivium`: the same as the `trivium` command."""
 
 import sys
 

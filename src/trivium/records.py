@@ -257,7 +257,7 @@ def from_dict(cls: type[R], data: Mapping[str, Any]) -> R:
 def _revive(hint: Any, value: Any) -> Any:
     """Turn JSON lists and objects back into the tuples and records that `hint` asks for."""
     origin = typing.get_origin(hint)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         return tuple(_revive(typing.get_args(hint)[0], item) for item in value)
     if origin is types.UnionType and value is not None:
         return _revive(next(a for a in typing.get_args(hint) if a is not type(None)), value)

@@ -187,7 +187,7 @@ class Trainer:
         """Take one pass over the round, group by group, and return the mean loss per token."""
         config = self.config
         scale = lr_scale(config.optim.schedule, round_, config.iterations)
-        losses = []
+        losses, skipped = [], 0
         groups = torch.arange(len(batch.scores)).view(-1, config.group_size)
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
         for part in torch.randperm(len(groups), generator=generator).chunk(config.minibatches):
@@ -200,6 +200,9 @@ class Trainer:
                 precision=autocast(self.run.settings),
             )
             losses.append(result.loss)
+            skipped += result.skipped
+        if skipped:
+            self.run.metric("train/skipped", skipped, round_ + 1)
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
         # Sampling, old and reference are one forward each, the update three.
         self.run.spend(
