@@ -31,9 +31,7 @@ from trivium.records import (
     write_jsonl,
 )
 
-NOUNS = [
-    value for value in vars(records).values() if isinstance(value, type) and dataclasses.is_dataclass(value)
-]
+NOUNS = [value for value in vars(records).values() if isinstance(value, type) and dataclasses.is_dataclass(value)]
 
 text = st.text(st.characters(), max_size=8)  # lone surrogates included
 numbers = st.floats(allow_nan=False)
@@ -76,7 +74,7 @@ def test_every_noun_is_under_test() -> None:
 def test_every_record_survives_json(cls: type) -> None:
     """from_dict(to_dict(x)) == x, through JSON text and nested records too; ids are the same before and after."""
 
-    @settings(max_examples=10, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(noun(cls))
     def check(record: typing.Any) -> None:
         assert from_dict(cls, to_dict(record)) == record

@@ -145,26 +145,24 @@ def _fill_paths(value: Any, paths: Mapping[str, Any], *, where: str) -> Any:
     return value
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+def build(cls: type[T], values: Mapping[str, Any], *, where: str, default: T | None = None) -> T:
     """Return a `cls` (a frozen dataclass) from plain values, nested tables included.
 
-    Raises ConfigError naming `where`, the key, the value and what would be right.
+    A key that is not given is as in `default`, where there is one: a table that names some of a group's fields keeps
+    the others as its stage has them. Raises ConfigError naming `where`, the key, the value and what would be right.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-    }
-    arguments: dict[str, Any] = {}
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {} if default is None else {name: getattr(default, name) for name in fields}
     for key, value in values.items():
-        if key not in names:
-            raise ConfigError(f"{where}: unknown key {key!r}{suggest(key, names)}")
-        default = defaults.get(key)
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            # A table that names some of a group's fields keeps the others as this stage has them.
-            value = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)} | dict(value)
-        arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{suggest(key, fields)}")
+        factory = fields[key].default_factory
+        group = arguments.get(key, None if factory is dataclasses.MISSING else factory())
+        if dataclasses.is_dataclass(group) and isinstance(value, Mapping):
+            arguments[key] = build(typing.cast(type, type(group)), value, where=f"{where} {key}", default=group)
+        else:
+            arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
     try:
         return cls(**arguments)
     except ConfigError as error:
@@ -185,8 +183,6 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(arguments[0], value, where=where)
-    if dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
-        return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where=where)
     if origin is typing.Literal:

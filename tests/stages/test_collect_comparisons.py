@@ -162,6 +162,7 @@ def test_people_are_waited_for_and_their_work_is_picked_up(make: Make, config: s
     stage.run(human, again)
     facts = again.finish("done").summary
     assert facts["kinds"] == {"human": 4}
+    assert (facts["prompts_too_long"], facts["prompts_without_choice"]) == (0, 0)  # known from before the wait
     with Store(run.workspace / "preferences.db") as store:
         assert len(store.tasks(run.id)) == 4
 

@@ -116,14 +116,15 @@ def test_a_score_is_the_folders_calibrated_one_and_cut_completions_pay(make: Mak
     assert any(g.finish_reason != "stop" for g in generated)
 
 
-def test_what_stands_at_masked_positions_changes_nothing(make: Make) -> None:
-    """1e6 in every masked cell and other tokens behind each row's end: losses, gradients and metrics to the bit."""
+@pytest.mark.parametrize("garbage", [1e6, -1e6, float("nan")])
+def test_what_stands_at_masked_positions_changes_nothing(make: Make, garbage: float) -> None:
+    """Garbage in every masked cell and other tokens behind each row's end: losses, gradients and metrics to the bit."""
     trainer, _, _, _, batch = first_round(CONFIG, make("garbage"))
     with torch.no_grad():  # away from ratio 1, so that the clip has something to do
         for parameter in trainer.policy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.05)
     fields = ("old_logprobs", "ref_logprobs", "advantages", "returns", "values", "rewards")
-    spoilt = {name: torch.where(batch.mask, getattr(batch, name), 1e6) for name in fields}
+    spoilt = {name: torch.where(batch.mask, getattr(batch, name), garbage) for name in fields}
     ends = torch.tensor([int(row.nonzero().max()) for row in batch.mask])
     behind = torch.arange(batch.mask.shape[1]) > ends[:, None]
     ids = torch.where(behind, 77, batch.tokens.input_ids)
@@ -281,8 +282,15 @@ def test_foreseeable_mistakes_are_one_sentence(make: Make, tmp_path) -> None:
         ppo.Config(batch_size=4, minibatches=5)
 
 
-def test_a_prompt_that_fills_the_context_is_one_sentence(make: Make, tmp_path) -> None:
-    """A user's over-long prompt is a foreseeable mistake, so no traceback."""
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "the old mill " * 200}) + "\n")
-    with pytest.raises(UserError, match="context"):
+def test_prompts_that_leave_no_room_are_left_out_before_the_work_starts(make: Make, tmp_path) -> None:
+    """A too long one among others is counted; alone it is one sentence, not a traceback in round forty."""
+    long = json.dumps({"prompt": "the old mill " * 200}) + "\n"
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(long)
+    run = make("some")
+    ppo.run(dataclasses.replace(CONFIG, iterations=1), run)
+    summary = run.finish("done").summary
+    assert (summary["prompts_too_long"], summary["data"]["num_prompts"]) == (1, len(PROMPTS))
+    (tmp_path / "prompts.jsonl").write_text(long)
+    with pytest.raises(UserError, match="1 longer than the 506 tokens"):
         ppo.run(CONFIG, make("long"))

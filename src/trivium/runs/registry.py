@@ -63,7 +63,9 @@ def resolve(workspace: Path, reference: str, *, base: Path, current: dict[str, s
             + (suggest(table, known) if known else "")
         )
     if at and version != "final":
-        raise ConfigError(f"{reference}: only the end of a run is kept; name {table!r} itself, or a stage's 'sft@latest'")
+        raise ConfigError(
+            f"{reference}: only the end of a run is kept; name {table!r} itself, or a stage's 'sft@latest'"
+        )
     for folder, manifest in list_runs(workspace):
         if manifest.run_id == table:
             if manifest.status != "done":

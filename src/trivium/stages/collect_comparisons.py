@@ -11,6 +11,7 @@ the kind that code declares, `ai` or `simulated`, never as `human`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,6 +31,7 @@ from trivium.records import (
     Completion,
     Conversation,
     Ranking,
+    atomic_write,
     from_dict,
     read_jsonl,
     to_dict,
@@ -115,7 +117,9 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
     Raises UserError when there are no prompts.
     """
     path = run.dir / "checkpoints" / "tasks.jsonl"
+    counts = path.with_name("counts.json")
     if path.exists():
+        run.note(**json.loads(counts.read_text(encoding="utf-8")))
         return [
             (from_dict(Conversation, row["prompt"]), [from_dict(Completion, c) for c in row["completions"]])
             for row in read_jsonl(path)
@@ -148,7 +152,9 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
         distinct = {c.text: c for c in completions[start : start + config.num_responses] if c.text.strip()}
         if len(distinct) > 1:
             tasks.append((repeated[start], list(distinct.values())))
-    run.note(prompts_too_long=prompts.too_long, prompts_without_choice=len(prompts) - len(tasks))
+    facts = {"prompts_too_long": prompts.too_long, "prompts_without_choice": len(prompts) - len(tasks)}
+    run.note(**facts)
+    atomic_write(counts, json.dumps(facts))
     write_jsonl(path, ({"prompt": to_dict(p), "completions": [to_dict(c) for c in cs]} for p, cs in tasks))
     return tasks
 

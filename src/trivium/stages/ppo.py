@@ -105,10 +105,9 @@ def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossO
     loss = losses.policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range, batch.mask)
     with torch.no_grad():
         clipped = losses.is_clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range)
-        spread = entropy(logits, config.sampling.temperature)
-        approx_kl = losses.kl_k3(batch.old_logprobs, logprobs)
-    metrics = {"clip_frac": clipped[batch.mask].float().sum(), "entropy": spread[batch.mask].sum()}
-    return LossOutput(total=loss.sum(), metrics=metrics | {"approx_kl": approx_kl[batch.mask].sum()})
+        figures = {"clip_frac": clipped.float(), "entropy": entropy(logits, config.sampling.temperature)}
+        figures["approx_kl"] = losses.kl_k3(batch.old_logprobs, logprobs)
+    return LossOutput(total=loss.sum(), metrics={name: each[batch.mask].sum() for name, each in figures.items()})
 
 
 def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
