@@ -56,8 +56,8 @@ class PreferenceBatch:
     """All judged completions of some prompts, each row once, with the pairs among them.
 
     `tokens`: N rows of prompt + completion, targets on the completion only. `lengths`: int64 [N], tokens in a row.
-    `pairs`: int64 [P, 2], rows (chosen, rejected). `weights`: float [P]; the C(K,2) pairs of a prompt share weight 1
-    (InstructGPT section 3.5), so a prompt counts once however many were ranked. `ranks`: int64 [N], 0 = best in the
+    `pairs`: int64 [P, 2], rows (chosen, rejected). `weights`: float [P]; the C(K,2) pairs of a ranking share weight 1
+    (InstructGPT section 3.5), so a ranking counts once however many it placed. `ranks`: int64 [N], 0 = best in the
     row's group, equal = tie. `groups`: int64 [N], which prompt. `ref_logprobs`: float [N] or None, the reference's
     summed log-probability of each completion.
     """

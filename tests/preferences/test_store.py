@@ -54,7 +54,8 @@ def postgres():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = [found["postgres"], "-D", folder / "data", "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"]
+    start = [found["postgres"], "-D", folder / "data", "-p", str(port), "-k", folder]
+    start += ["-c", "listen_addresses=127.0.0.1"]
     server = subprocess.Popen(start, stderr=subprocess.DEVNULL, cwd=folder, **who)
     url = f"postgresql://trivium@127.0.0.1:{port}/postgres"
     for _ in range(100):

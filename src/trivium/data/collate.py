@@ -70,7 +70,7 @@ class PreferenceGroup:
 def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int) -> PreferenceBatch:
     """Return the batch of all completions, each row once, with every strict pair among those of a prompt.
 
-    The pairs of a prompt share weight 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2 and no pair for
+    The pairs of a ranking share weight 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2 and no pair for
     the tie. A prompt whose completions all tie has rows but no pairs. Reference log-probabilities are given for all
     groups or taken as absent. Raises ValueError when a group's lists differ in length.
     """

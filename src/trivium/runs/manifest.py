@@ -227,7 +227,7 @@ def list_artifacts(folder: Path) -> Iterator[Artifact]:
 
 def now() -> str:
     """Return the time as ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def reset_peak_memory() -> None:

@@ -67,7 +67,7 @@ class Config:
 
 
 def objective(model: Transformer, config: Config, batch: PreferenceBatch) -> LossOutput:
-    """Return the summed loss of all pairs of a batch of groups; every prompt weighs 1 however many pairs it has."""
+    """Return the summed loss of all pairs of a batch of groups; every ranking weighs 1 however many pairs it has."""
     policy = completion_sums(model, batch, mean=config.loss == "ipo")
     assert batch.ref_logprobs is not None, "the reference's log-probabilities are computed before training"
     chosen, rejected = batch.pairs[:, 0], batch.pairs[:, 1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, TokenBatch, select_rows, to_device
-from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute
+from trivium.config import CodeRef, ConfigError, InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses import ppo as losses
@@ -147,6 +147,10 @@ class Trainer:
         device = device_of(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
+        if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{run.id}: policy and reward model have different tokenizers; train one from the other's"
+            )
         self.policy = load_model(folder, device=device)
         self.reference = load_model(folder, device=device).requires_grad_(False)
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)

@@ -59,7 +59,7 @@ class Config:
 
 
 def objective(model: ScalarModel, loss: str, batch: PreferenceBatch) -> LossOutput:
-    """Return the summed ranking loss of a batch of groups; every prompt weighs 1 however many pairs it has."""
+    """Return the summed ranking loss of a batch of groups; every ranking weighs 1 however many pairs it has."""
     scores = scores_of(model, batch)
     chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
     if loss == "plackett_luce":

@@ -78,9 +78,13 @@ def load_judgements(
 
 
 def completion_ids(completion: Completion, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids as they were sampled; a text from elsewhere is encoded and closed with the end of turn."""
-    if completion.token_ids:
-        return list(completion.token_ids)
+    """Return the ids as they were sampled; a text from elsewhere is encoded and closed with the end of turn.
+
+    Ids that do not spell the text are another tokenizer's, and as good as from elsewhere.
+    """
+    ids = list(completion.token_ids)
+    if ids and max(ids) < tokenizer.vocab_size and tokenizer.decode(ids) == completion.text:
+        return ids
     return [*tokenizer.encode(completion.text), tokenizer.end_id]
 
 

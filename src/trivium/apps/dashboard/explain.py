@@ -119,7 +119,7 @@ STAGES: dict[str, Explanation] = {
 """In the order of the pipeline."""
 
 METRICS: dict[str, str] = {
-    "train/loss": "The loss being minimised, per item (a token, a ranked prompt); in nats where it is a log-likelihood.",
+    "train/loss": "The loss being minimised, per item (a token, a ranked prompt); nats for a log-likelihood.",
     "eval/loss": "The same loss on held-out data, which the model never trains on.",
     "eval/bits_per_byte": (
         "Bits needed to store one byte of held-out text; comparable between tokenizers. Lower is better."
