@@ -28,7 +28,7 @@ from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import device_of, world
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 
@@ -99,7 +99,7 @@ def run(config: Config, run: Run) -> None:
         ]
 
     def evaluate(step: int) -> dict[str, float]:
-        right, pairs = count_right(run, model, heldout, tokenizer.pad_id)
+        right, pairs = count_right(model, heldout, tokenizer.pad_id)
         return {"eval/accuracy": right / max(pairs, 1)}
 
     fit(
@@ -113,7 +113,7 @@ def run(config: Config, run: Run) -> None:
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     report(run, model, judgements, tokenizer.pad_id)
-    mean, std = calibrate(run, model, train, tokenizer.pad_id)
+    mean, std = calibrate(model, train, tokenizer.pad_id)
     run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
@@ -127,7 +127,7 @@ def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
 
 def report(run: Run, model: ScalarModel, judgements: Judgements, pad_id: int) -> None:
     """Record held-out accuracy, and beside it how often one annotator foretells another."""
-    right, pairs = count_right(run, model, judgements.heldout, pad_id)
+    right, pairs = count_right(model, judgements.heldout, pad_id)
     low, high = wilson_interval(right, pairs)
     run.result("pairwise_accuracy@1", "accuracy", right / max(pairs, 1), low=low, high=high, n=pairs)
     ceiling = agreement(judgements.heldout_rankings, seed=run.seed).ceiling
@@ -141,33 +141,34 @@ def report(run: Run, model: ScalarModel, judgements: Judgements, pad_id: int) ->
 
 
 def score_groups(
-    run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int
+    model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int
 ) -> list[tuple[PreferenceBatch, Tensor]]:
     """Return batches of the groups with their raw scores, without gradients."""
     device = next(model.parameters()).device
     model.eval()
     scored = []
-    with torch.no_grad(), autocast(run.settings):
+    # In fp32, as PPO will score: the calibration must be that of the scores it is used on.
+    with torch.no_grad():
         for start in range(0, len(groups), 16):
             batch = to_device(collate_preferences(list(groups[start : start + 16]), pad_id), device)
             scored.append((batch, scores_of(model, batch).float().cpu()))
     return scored
 
 
-def count_right(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[int, int]:
+def count_right(model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[int, int]:
     """Return (pairs ordered as the annotator did, pairs); equal scores count as wrong."""
     right = pairs = 0
-    for batch, scores in score_groups(run, model, groups, pad_id):
+    for batch, scores in score_groups(model, groups, pad_id):
         chosen, rejected = scores[batch.pairs[:, 0].cpu()], scores[batch.pairs[:, 1].cpu()]
         right += int((chosen > rejected).sum())
         pairs += len(chosen)
     return right, pairs
 
 
-def calibrate(run: Run, model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[float, float]:
+def calibrate(model: ScalarModel, groups: Sequence[PreferenceGroup], pad_id: int) -> tuple[float, float]:
     """Return mean and standard deviation of the raw scores of what the SFT model wrote.
 
     A reward of 0 then means "an ordinary SFT response", and the KL coefficient keeps its meaning across models.
     """
-    scores = torch.cat([scores for _, scores in score_groups(run, model, groups, pad_id)])
+    scores = torch.cat([scores for _, scores in score_groups(model, groups, pad_id)])
     return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
