@@ -105,6 +105,10 @@ def test_the_fields_multiple_choice_rows_are_read_as_they_are():
         {"task": "arc", "id": "1", "query": "Fish live in", "choices": ["water.", "air."], "gold": 0}, "x"
     )
     assert (asked.context, asked.choices, asked.answer) == ("Fish live in", (" water.", " air."), 0)
+    twice = parse_item(
+        {"task": "arc", "id": "2", "query": "It", "choices": ["rises", "falls", "rises"], "gold": 2}, "x"
+    )
+    assert (twice.choices, twice.answer) == ((" rises", " falls"), 0)
     pair = parse_item(
         {"task": "wino", "id": "1", "contexts": ["A ran, so A", "A ran, so B"], "continuation": "won.", "gold": 1}, "x"
     )

@@ -127,8 +127,13 @@ def _from_benchmark(row: Mapping[str, Any]) -> Mapping[str, Any]:
     shared = {"task": row.get("task"), "id": row.get("id"), "kind": "choice", "answer": row["gold"]}
     if "contexts" in row:
         return shared | {"context": "", "choices": [f"{c} {row.get('continuation')}" for c in row["contexts"]]}
+    choices, gold = row.get("choices"), row["gold"]
+    if isinstance(choices, list) and isinstance(gold, int) and 0 <= gold < len(choices):
+        # Published items repeat a choice here and there; once is enough, and the answer moves with it.
+        once = list(dict.fromkeys(choices))
+        choices, shared = once, shared | {"answer": once.index(choices[gold])}
     # The space belongs to the continuation: it is how the next word is encoded.
-    return shared | {"context": row.get("query"), "choices": [f" {choice}" for choice in row.get("choices") or ()]}
+    return shared | {"context": row.get("query"), "choices": [f" {choice}" for choice in choices or ()]}
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> Conversation:
