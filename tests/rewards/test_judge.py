@@ -8,7 +8,7 @@ import pytest
 
 from trivium.config import UserError
 from trivium.records import Completion, Conversation, Message
-from trivium.rewards.judge import OpenAIJudge, PairwiseJudge, as_reward, parse_verdict
+from trivium.rewards.judge import OpenAIJudge, PairwiseJudge, as_reward, openai_annotators, parse_verdict
 
 PROMPT = Conversation(messages=(Message(role="user", content="Tell me a joke."),))
 
@@ -158,3 +158,13 @@ def test_the_address_comes_from_the_environment_when_asked_and_must_be_http(monk
     monkeypatch.setenv("OPENAI_BASE_URL", "file:///etc")
     with pytest.raises(UserError, match="not http"):
         judge.compare(PROMPT, "a", "b")
+
+
+def test_a_recipe_can_name_the_judge(monkeypatch):
+    """`openai_annotators` is the model that the environment names; without one it says what to set."""
+    monkeypatch.delenv("TRIVIUM_JUDGE_MODEL", raising=False)
+    with pytest.raises(UserError, match="set TRIVIUM_JUDGE_MODEL"):
+        openai_annotators(0)
+    monkeypatch.setenv("TRIVIUM_JUDGE_MODEL", "my-model")
+    (judge,) = openai_annotators(0)
+    assert (judge.kind, judge.name) == ("ai", "my-model@judge")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -290,3 +292,35 @@ def test_foreseeable_mistakes_are_one_sentence(make: Make, config: stage.Config,
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"nothing": 1}) + "\n")
     with pytest.raises(UserError, match="no prompts"):
         stage.run(config, make("none"))
+
+
+def test_an_ai_judge_behind_an_endpoint_ranks_as_ai(make: Make, config: stage.Config, monkeypatch) -> None:
+    """A recipe names the judge; what it says through a real HTTP address is stored as ai, nothing as human."""
+
+    class Longer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+            first, second = (asked.split(f"<response_{n}>\n")[1].split("\n</response")[0] for n in "ab")
+            verdict = "[[A]]" if (len(first), first) > (len(second), second) else "[[B]]"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": verdict}}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Longer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("TRIVIUM_JUDGE_MODEL", "big")
+    named = dataclasses.replace(config, annotators="trivium.rewards.judge:openai_annotators", overlap=1)
+    run = make("judged")
+    stage.run(named, run)
+    server.shutdown()
+    server.server_close()
+    with Store(run.workspace / "preferences.db") as store:
+        rankings = store.rankings(run.id)
+        assert {(r.kind, r.annotator) for r in rankings} == {("ai", "big@judge")}
+        for ranking in rankings:
+            texts = [store.completion(group[0]).text for group in ranking.groups]
+            assert texts == sorted(texts, key=lambda text: (len(text), text), reverse=True)

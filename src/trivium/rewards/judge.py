@@ -172,6 +172,18 @@ class OpenAIJudge(PairwiseJudge):
         )
 
 
+def openai_annotators(seed: int) -> list[OpenAIJudge]:
+    """Return the AI judge that TRIVIUM_JUDGE_MODEL names, as the only annotator; `seed` is not used (it is greedy).
+
+    In a recipe: `annotators = "trivium.rewards.judge:openai_annotators"`; the address comes from OPENAI_BASE_URL.
+    Raises UserError when no model is named.
+    """
+    model = os.environ.get("TRIVIUM_JUDGE_MODEL", "")
+    if not model:
+        raise UserError("no AI judge is named; set TRIVIUM_JUDGE_MODEL to a model that OPENAI_BASE_URL serves")
+    return [OpenAIJudge(model)]
+
+
 def as_reward(judge: JudgeFn) -> Reward:
     """Return a Reward that grades every completion's text by `judge`."""
 
