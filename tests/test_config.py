@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from trivium.config import (
+    CodeRef,
     ConfigError,
     DiskFull,
     InputPath,
@@ -20,7 +22,9 @@ from trivium.config import (
     Waiting,
     bounds,
     build,
+    call_attribute,
     is_code,
+    is_disk_full,
     load_attribute,
     load_recipe,
     one_of,
@@ -116,7 +120,7 @@ def test_a_nested_table_keeps_the_stages_own_defaults() -> None:
         ({"share": True}, "r [s] share = True: expected float"),
         ({"fit": {"steps": True}}, "r [s] fit steps = True: expected int"),
         ({"fit": {"steps": 1.5}}, "r [s] fit steps = 1.5: expected int"),
-        ({"fit": 3}, "r [s] fit = 3: expected Fit"),
+        ({"fit": 3}, "r [s] fit = 3: expected a table"),
         ({"flag": 1}, "r [s] flag = 1: expected bool"),
         ({"init": 3}, "r [s] init = 3: expected str"),
         ({"data": "a.jsonl"}, "r [s] data = 'a.jsonl': expected tuple"),
@@ -271,3 +275,46 @@ def test_settings_are_frozen() -> None:
     """A stage cannot change what the others see."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunSettings().seed = 1  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Settings that name code."""
+
+    who: CodeRef = "people"
+    optim: Optim = field(default_factory=Optim)
+
+
+def test_a_code_reference_is_code_or_the_word_for_the_default() -> None:
+    """A misspelt word is found before any work, not when it is imported hours later."""
+    for right in ("people", "my.module:judge"):
+        assert build(Judged, {"who": right}, where="r").who == right
+    with pytest.raises(ConfigError, match=r"r who = 'peple': expected code as 'module:attribute' or 'people'"):
+        build(Judged, {"who": "peple"}, where="r")
+    with pytest.raises(ConfigError, match="r optim = 3: expected a table"):
+        build(Judged, {"optim": 3}, where="r")
+
+
+def test_an_option_that_code_does_not_take_is_named() -> None:
+    """Not a TypeError from within: the reference, the option and the signature."""
+    assert call_attribute("textwrap:indent", "a", prefix="> ") == "> a"
+    with pytest.raises(ConfigError, match="textwrap:indent: got an unexpected keyword argument 'prefx'; it is called"):
+        call_attribute("textwrap:indent", "a", "> ", prefx="> ")
+    with pytest.raises(ConfigError, match=r"string:digits: .*; name a function"):
+        call_attribute("string:digits")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (OSError(errno.ENOENT, "No such file"), False),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_a_full_disk_is_known_by_number_or_by_words(error: Exception, full: bool) -> None:
+    """safetensors and SQLite raise errors of their own, with the system's reason in the text."""
+    assert is_disk_full(error) is full

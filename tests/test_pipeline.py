@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,3 +187,18 @@ def test_two_pipelines_never_share_a_workspace(place: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another trivium process works in"):
             run_recipe(recipe(place), workspace=place / "w")
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ('source = "absent.txt"', "no file or folder"),
+        ('source = "copy_stage_for_test:absent"', "has no 'absent'"),
+        ('[third]\nstage = "copy_stage_for_test"\nparent = "secnd@latest"', "did you mean 'second'?"),
+    ],
+)
+def test_what_a_late_stage_lacks_is_said_before_the_first_one_runs(place: Path, second: str, said: str) -> None:
+    """An hour of training must not end in a file name that was wrong from the beginning."""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run_recipe(recipe(place, second=second), workspace=place / "w")
+    assert not (place / "w").exists()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
+import inspect
 import re
 import tomllib
 import types
@@ -53,6 +55,14 @@ class DiskFull(UserError):
     exit_code = 5
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Tell whether a write failed for want of space; safetensors and SQLite say so in words only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = str(error)
+    return any(words in said for words in ("No space left", "os error 27", "os error 122", "disk is full"))
+
+
 Ref = Annotated[str, "ref"]
 """An artifact: `"stage@latest"`, `"run_id"`, or the path of a Hugging Face model folder."""
 
@@ -74,7 +84,7 @@ class RunSettings:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes a GPU when there is one."""
     threads: int = 0
-    """CPU threads; 0 means one per physical core this process may use."""
+    """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
     """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
     strict: bool = False
@@ -163,12 +173,20 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str, default: T | N
             arguments[key] = build(typing.cast(type, type(group)), value, where=f"{where} {key}", default=group)
         else:
             arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
+            _refuse_no_code(hints[key], arguments[key], fields[key].default, where=f"{where} {key}")
     try:
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _refuse_no_code(hint: Any, value: Any, default: Any, *, where: str) -> None:
+    """Raise ConfigError for a CodeRef that names no code, unless it is the word that stands for the default."""
+    if hint == CodeRef and value not in ("", default) and not is_code(value):
+        word = f" or {default!r}" if isinstance(default, str) and default else ""
+        raise ConfigError(f"{where} = {value!r}: expected code as 'module:attribute'{word}")
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
@@ -201,7 +219,7 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         return float(value)
     expected = origin or hint
     if hint is not Any and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
-        name = getattr(hint, "__name__", str(hint))
+        name = "a table of its own keys" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
         raise ConfigError(f"{where} = {value!r}: expected {name}")
     return value
 
@@ -238,6 +256,22 @@ def load_attribute(reference: str) -> Any:
     if not hasattr(module, attribute):
         raise ConfigError(f"{reference}: {module_name} has no {attribute!r}{suggest(attribute, vars(module))}")
     return getattr(module, attribute)
+
+
+def call_attribute(reference: str, *arguments: Any, **options: Any) -> Any:
+    """Return what the code that `"module:attribute"` names gives for these arguments.
+
+    Raises ConfigError when there is none, or when it does not take them (a misspelt option, say).
+    """
+    function = load_attribute(reference)
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:
+        shown = f"it is called as {reference}{inspect.signature(function)}" if callable(function) else "name a function"
+        raise ConfigError(f"{reference}: {error}; {shown}") from None
+    except ValueError:  # some of C's functions cannot say what they take
+        pass
+    return function(*arguments, **options)
 
 
 def is_code(reference: str) -> bool:

@@ -7,7 +7,6 @@ look at a folder. Everything is checked before any work starts, and one process 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import importlib
@@ -33,6 +32,8 @@ from trivium.config import (
     Waiting,
     build,
     is_code,
+    is_disk_full,
+    load_attribute,
     suggest,
 )
 from trivium.preferences.store import Store
@@ -47,7 +48,7 @@ from trivium.runs.manifest import (
     write_manifest,
 )
 from trivium.runs.registry import latest_runs, resolve
-from trivium.training.distributed import setup
+from trivium.training.distributed import compute_dtype, setup
 
 STAGES = (
     "data_prep",
@@ -134,6 +135,7 @@ def run_recipe(
         raise ConfigError(f"{recipe.path} has no table [{name}]{suggest(name, [s.table for s in recipe.stages])}")
     validated = configs(recipe, overrides)
     done: dict[str, RunManifest] = {}
+    _check_references(recipe, validated, workspace, only)
     with _lock(workspace), _terminating():
         setup(recipe.settings)
         for spec in recipe.stages:
@@ -142,6 +144,26 @@ def run_recipe(
             plan = make_plan(recipe, spec, validated[spec.table], workspace, {t: m.run_id for t, m in done.items()})
             done[spec.table] = _carry_out(plan, recipe, workspace)
     return done
+
+
+def _check_references(recipe: Recipe, validated: Mapping[str, Any], workspace: Path, only: Sequence[str]) -> None:
+    """Raise ConfigError for a parent, an input or code that is missing, before the first stage spends its hours."""
+    coming: dict[str, str] = {}
+    for spec in recipe.stages:
+        if only and spec.table not in only:
+            continue
+        for name, kind, value in _marked(validated[spec.table]):
+            where = f"[{spec.table}] {name}"
+            if kind == "ref":
+                resolve(workspace, value, base=recipe.base, current=coming)
+            elif is_code(value) and not (recipe.base / value).exists():
+                try:
+                    load_attribute(value)
+                except ConfigError as error:
+                    raise ConfigError(f"{recipe.path} {where}: {error}") from None
+            elif kind == "input" and not value.startswith("hf:"):
+                _input_path(recipe, value, where=where)
+        coming[spec.table] = ""
 
 
 def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, current: Mapping[str, str]) -> Plan:
@@ -159,7 +181,9 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
             inputs.update(_parent_inputs(workspace, name, parents[name]))
         elif kind == "input" or is_code(value):
             inputs[value] = _hash_input(recipe, value, where=f"[{spec.table}] {name}")
-    settings = {"precision": recipe.settings.precision, "strict": recipe.settings.strict}
+    # What `auto` comes to on this machine: another machine's bf16 is another result.
+    precision = str(compute_dtype(recipe.settings)).removeprefix("torch.")
+    settings = {"precision": precision, "strict": recipe.settings.strict}
     seed = recipe.settings.seed
     facts = to_dict(config)
     print_ = fingerprint(stage=spec.stage, config=facts, parents=parents, inputs=inputs, seed=seed, settings=settings)
@@ -229,10 +253,15 @@ def _hash_input(recipe: Recipe, value: str, *, where: str) -> str:
             return _hash_module(value.partition(":")[0])
         except ModuleNotFoundError:
             raise ConfigError(f"{recipe.path} {where} = {value!r}: no such module") from None
+    path = _input_path(recipe, value, where=where)
+    return _hash_files(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def _input_path(recipe: Recipe, value: str, *, where: str) -> Path:
     path = (recipe.base / Path(value).expanduser()).resolve()
     if not path.exists():
         raise ConfigError(f"{recipe.path} {where}: no file or folder {path}")
-    return _hash_files(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+    return path
 
 
 def _hash_module(name: str) -> str:
@@ -276,15 +305,15 @@ def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
     except Waiting as waiting:
         run.finish("waiting", str(waiting))
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"{plan.spec.table}: no space left on the disk that holds {error.filename or run.dir}; "
-                "free some and run the same command again, what is finished is kept"
-            ) from error
-        raise
     except UserError as error:
         run.finish("failed", str(error))
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise DiskFull(
+                f"{plan.spec.table}: no space left on the disk that holds {getattr(error, 'filename', '') or run.dir}; "
+                "free some and run the same command again, what is finished is kept"
+            ) from error
         raise
     manifest = run.finish("done")
     _say(f"{plan.spec.table}: done in {manifest.cost.seconds:.0f} s")

@@ -101,8 +101,17 @@ def test_part_of_a_recipe(recipe, handed_on, words, tables):
         (["run", "small.toml", "--from", "stf"], "small.toml has no table 'stf'; did you mean 'sft'?"),
         (["run", "small.toml", "--only", "x"], "small.toml has no table 'x'; known: pretrain, second, sft"),
         (["ppo", "small.toml"], "small.toml has no table for the stage 'ppo'; its tables: pretrain, sft, second"),
-        (["run", "small.toml", "--pretrain.fit.steps", "-1"], "steps = -1: must be at least 0"),
+        (["run", "small.toml", "--sft.fit.steps", "-1"], "--sft.fit.steps: steps = -1: must be at least 0"),
+        (
+            ["run", "small.toml", "--sft.contxt", "8"],
+            "Unrecognized options: --sft.contxt, 8; did you mean --sft.context?; see `trivium run --help`",
+        ),
+        (
+            ["run", "small.toml", "--sft.context", "abc"],
+            "Error parsing --sft.context: invalid literal for int() with base 10: 'abc'; see `trivium run --help`",
+        ),
         (["report", "--workspace", "absent"], "no workspace absent; `trivium run` makes one"),
+        (["rank", "--port", "99999"], "port = 99999: must be 0 to 65535"),
         (["report"], "no run under runs/; make one (`trivium run recipes/tiny.toml`) or give --workspace"),
     ],
 )
@@ -118,6 +127,8 @@ def test_a_mistake_is_one_sentence_and_no_traceback(recipe, capsys, words, sente
         (Waiting("40 rankings to give"), 3, "40 rankings"),
         (KeyboardInterrupt(), 130, "stopped; run the same command again to resume"),
         (OSError(errno.ENOSPC, "full", "/x/model"), 5, "no space left to write /x/model"),
+        (OSError(errno.EFBIG, "too large", "/x/model"), 5, "no space left to write /x/model"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/w"), 2, "cannot use /x/w: Permission denied"),
         (ModuleNotFoundError("no", name="fastapi"), 2, "pip install 'trivium[web]'"),
     ],
 )
@@ -128,6 +139,11 @@ def test_each_kind_of_end_has_its_exit_code(monkeypatch, capsys, error, code, pa
     monkeypatch.setattr(cli, "_dispatch", fail)
     assert cli.main([]) == code
     assert part in capsys.readouterr().err
+
+
+def test_an_empty_folder_gets_no_report(tmp_path, capsys):
+    assert cli.main(["report", "--workspace", str(tmp_path)]) == 2
+    assert "holds no run to report on" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):

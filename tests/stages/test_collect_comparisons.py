@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from trivium.config import UserError, Waiting
+from trivium.config import ConfigError, UserError, Waiting
 from trivium.data.chat import render_prompt
 from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import generate
@@ -271,6 +271,37 @@ def test_at_most_max_rankings_are_read(stage_run: Make, tmp_path) -> None:
     run = stage_run("max", {}, table="collect_comparisons")
     stage.run(stage.Config(policy="", rankings=("given.jsonl",), max_rankings=4), run)
     assert len(state(run)[2]) == 4
+
+
+def test_rankings_without_a_preference_are_refused(stage_run: Make, tmp_path) -> None:
+    """Nothing to learn from is an error with the place of the reasons, not a stage that is done."""
+    write_jsonl(tmp_path / "given.jsonl", [{"prompt": "One?", "responses": ["a", "b"]}])
+    run = stage_run("none", {}, table="collect_comparisons")
+    with pytest.raises(UserError, match=r"no judgement in given\.jsonl; .*quarantine-rankings\.jsonl says"):
+        stage.run(stage.Config(policy="", rankings=("given.jsonl",)), run)
+    assert (run.dir / "quarantine-rankings.jsonl").exists()
+    with pytest.raises(ConfigError, match="both empty"):
+        stage.Config()
+
+
+def test_what_a_judge_said_before_it_failed_is_kept(make: Make, config: stage.Config, module_of) -> None:
+    """A judge may be paid by the question: a second go asks only about the prompts that are left."""
+    asked: list[str] = []
+
+    class Failing(ByLength):
+        def rank(self, prompt, texts, rng):
+            asked.append(prompt.id)
+            if len(asked) == 3:
+                raise UserError("no answer")
+            return super().rank(prompt, texts, rng)
+
+    name = module_of(failing=lambda seed: [Failing("ann", "ai")])
+    config = dataclasses.replace(config, annotators=f"{name}:failing", overlap=1)
+    with pytest.raises(UserError, match="no answer"):
+        stage.run(config, make("fails"))
+    run = make("fails")
+    stage.run(config, run)
+    assert len(asked) == len(PROMPTS) + 1 and len(set(asked)) == len(PROMPTS) == len(state(run)[2])
 
 
 def test_transform_records_the_order_shown() -> None:

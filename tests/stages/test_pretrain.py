@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trivium.batches import IGNORE, TokenBatch
-from trivium.config import ConfigError
+from trivium.config import ConfigError, UserError
 from trivium.data import microworld
 from trivium.data.shards import open_shards, write_shards
 from trivium.data.tokenizer import Tokenizer
@@ -169,3 +169,10 @@ def test_shapes_that_no_transformer_has_are_refused() -> None:
         pretrain.Config(hidden_size=100, num_heads=3)
     with pytest.raises(ConfigError, match="num_layers"):
         pretrain.Config(num_layers=0)
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused(make: Make) -> None:
+    """Every step would be all of it, over and over; the sentence says how much would do."""
+    large = dataclasses.replace(CONFIG, fit=dataclasses.replace(CONFIG.fit, batch_size=9999))
+    with pytest.raises(UserError, match=r"too few for one batch of 9999 rows of 32: give at least 319,968"):
+        pretrain.run(large, make("small"))

@@ -104,3 +104,19 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
         optimizer.step(1.0)
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {name for name, _ in groups["hidden"]}
+
+
+def losses_of(precision: torch.autocast | None) -> list[float]:
+    """Return the losses of ten steps on one batch."""
+    model = tiny_model()
+    optimizer = Optimizer(model, OptimConfig(lr=2e-2))
+    step = partial(train_step, lr_scale=1.0, precision=precision)
+    return [step(partial(objective, model), [unequal_batch()], optimizer).loss for _ in range(10)]
+
+
+def test_bf16_follows_fp32_step_by_step() -> None:
+    """Autocast caches its copies of the weights: held open, it would train on with the first step's."""
+    torch.set_num_threads(1)
+    fp32, bf16 = losses_of(None), losses_of(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert fp32[-1] < 0.7 * fp32[0], "ten steps learn something, so stale weights would show"
+    assert bf16 == pytest.approx(fp32, rel=2e-2)

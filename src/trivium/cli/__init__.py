@@ -13,12 +13,15 @@ from collections.abc import Sequence
 
 from trivium import __version__
 from trivium.cli.verbs import STAGES, TOOLS, help_text
-from trivium.config import ConfigError, UserError, suggest
+from trivium.config import ConfigError, UserError, is_disk_full, suggest
 
 EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "matplotlib", "plotly", "pydantic"), "web") | dict.fromkeys(
     ("trafilatura", "pyarrow", "py3langid", "datasets"), "data"
 )
 """Which extra brings a package that a verb may miss."""
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""What the system says to a path of the user's that cannot serve."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
+            what = error.filename or "a file"
+            return _fail(f"no space left to write {what}; free some and run the same command again", 5)
+        if error.errno not in REFUSED:
             raise
-        return _fail(
-            f"no space left to write {error.filename or 'a file'}; free some and run the same command again", 5
-        )
+        return _fail(f"cannot use {error.filename}: {error.strerror}; mend that, or name another place", 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +12,42 @@ from typing import Annotated, TypeVar
 import tyro
 from tyro.conf import arg
 
-from trivium.config import ConfigError
+from trivium.config import ConfigError, bounds
 
 T = TypeVar("T")
 
 
 def parse(cls: type[T], verb: str, words: Sequence[str], description: str) -> T:
-    """Return a `cls` read from command-line words; tyro prints help and misspelt options itself and exits."""
+    """Return a `cls` read from command-line words; prints help and exits where that is asked for.
+
+    Raises ConfigError for what is misspelt, missing, of the wrong type or out of bounds.
+    """
     # A nested Config that may be None must be a group of options, not a word to be said before all others.
     config = (tyro.conf.AvoidSubcommands,)
-    return tyro.cli(cls, args=list(words), prog=f"trivium {verb}", description=description, config=config)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=list(words), prog=f"trivium {verb}", description=description, config=config)
+    except ConfigError as error:  # a Config's own bounds, which know the field but not its table
+        field = str(error).partition(" ")[0]
+        named = [option for option in (word.partition("=")[0] for word in words) if option.endswith(f".{field}")]
+        raise ConfigError(f"{named[0]}: {error}" if named else str(error)) from None
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{_complaint(said.getvalue())}; see `trivium {verb} --help`") from None
+
+
+def _complaint(box: str) -> str:
+    """Return what tyro says in its box as one sentence: the problem, and the option that was perhaps meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= set("─-")] + [len(lines)]
+    # Where the terminal has no UTF-8 there is no frame, and the title is a line above a first rule of its own.
+    start, end = (0, rules[0]) if "│" in box else (rules[0] + 1, rules[min(1, len(rules) - 1)])
+    problem = " ".join(lines[start:end]).partition("Got errors:")[0].strip(" .")
+    near = next((line.split()[0] for line in lines[end:] if line.startswith("--") and set(line) != {"-"}), "")
+    meant = f"; did you mean {near}?" if near and "Perhaps you meant:" in lines else ""
+    return (problem or " ".join(box.split())) + meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +96,10 @@ class PageOptions(PlaceOptions):
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""
+
+    def __post_init__(self) -> None:
+        """Refuse a port that no machine has."""
+        bounds(self, port=(0, 65535))
 
 
 @dataclass(frozen=True, kw_only=True)

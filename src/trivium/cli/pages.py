@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from trivium.cli.options import ChatOptions, DashboardOptions, PlaceOptions, RankOptions, ServeOptions, parse
 from trivium.cli.verbs import TOOLS
+from trivium.config import ConfigError
 
 
 def _serve(words: Sequence[str]) -> int:
@@ -43,7 +44,12 @@ def _dashboard(words: Sequence[str]) -> int:
 def _report(words: Sequence[str]) -> int:
     workspace = parse(PlaceOptions, "report", words, TOOLS["report"]).place()
     from trivium.apps.report import render_text, write_report
+    from trivium.runs.registry import list_runs
 
+    if not list_runs(workspace):
+        raise ConfigError(
+            f"{workspace} holds no run to report on; make one with `trivium run`, or name its --workspace"
+        )
     page = write_report(workspace)
     print(f"{render_text(workspace)}\n\nreport  {page}")
     return 0

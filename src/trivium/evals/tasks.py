@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from trivium.config import UserError, is_code, load_attribute
+from trivium.config import UserError, call_attribute, is_code
 from trivium.data.sources import load_rows
 from trivium.records import Conversation, Message, Role
 from trivium.rewards.verifiable import validate
@@ -160,7 +160,7 @@ def _rows(reference: str, base: Path, seed: int, num_per_task: int) -> Iterator[
     """Yield (where it stands, the object) of every item that `reference` names."""
     code = is_code(reference)
     rows: Iterable[Any] = (
-        load_attribute(reference)(seed, num_per_task=num_per_task)
+        call_attribute(reference, seed, num_per_task=num_per_task)
         if code
         else load_rows([reference], base=base, seed=seed)
     )

@@ -179,7 +179,8 @@ def _read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in opened.keys():
                     yield name, opened.get_tensor(name)
         except SafetensorError as error:
-            raise ModelError(f"{file} is damaged ({error}).") from None
+            way_out = "run the stage that wrote it again, or copy it anew"
+            raise ModelError(f"{file} is damaged ({error}); {way_out}.") from None
 
 
 def _load_tensors(folder: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

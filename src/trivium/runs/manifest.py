@@ -88,6 +88,7 @@ class Run:
         self._summary: dict[str, Any] = {}
         self._cost = manifest.cost
         self._started = time.monotonic()
+        self._energy = energy_joules()
         reset_peak_memory()
 
     @property
@@ -162,7 +163,11 @@ class Run:
         """Return the cost so far, resumed parts included."""
         seconds = self._cost.seconds + time.monotonic() - self._started
         peak = max(self._cost.peak_memory_bytes, peak_memory_bytes())
-        return dataclasses.replace(self._cost, seconds=round(seconds, 3), peak_memory_bytes=peak)
+        cost = dataclasses.replace(self._cost, seconds=round(seconds, 3), peak_memory_bytes=peak)
+        now_energy = energy_joules()
+        if self._energy is None or now_energy is None or now_energy < self._energy:
+            return cost
+        return dataclasses.replace(cost, energy_joules=(cost.energy_joules or 0.0) + now_energy - self._energy)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Any]:
@@ -189,6 +194,7 @@ class Run:
         self.events.truncate(dict(state["offsets"]))
         self._cost = from_dict(Cost, state["cost"])
         self._started = time.monotonic()
+        self._energy = energy_joules()
         self._results = [from_dict(EvalResult, r) for r in state["results"]]
         self._summary = dict(state["summary"])
 
@@ -245,6 +251,18 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def energy_joules() -> float | None:
+    """Return the processors' energy counters in joules (RAPL), or None where the host does not show them.
+
+    Only differences mean anything; a counter that wraps between two readings makes theirs negative.
+    """
+    try:
+        counters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except (OSError, ValueError):
+        return None
+
+
 def code_version() -> dict[str, Any]:
     """Return Trivium's version and, in a git checkout of it, the commit and whether it was changed."""
     here = Path(__file__).resolve().parent
@@ -278,16 +296,18 @@ def show_progress(label: str, total: int) -> Iterator[Any]:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),
         )
         from rich.console import Console
 
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total or None, facts="")
+            task = bar.add_task(label, total=total or None, rate="", facts="")
 
             def advance(n: int = 1, **facts: float) -> None:
-                bar.update(task, advance=n, facts=_facts(facts))
+                speed = bar.tasks[0].speed
+                bar.update(task, advance=n, rate=f"{speed:.1f}/s" if speed else "", facts=_facts(facts))
 
             yield advance
         return

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trivium.config import CodeRef, InputPath, Ref, UserError, Waiting, bounds, load_attribute
+from trivium.config import CodeRef, ConfigError, InputPath, Ref, UserError, Waiting, bounds, load_attribute
 from trivium.data.sources import load_preferences
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
@@ -68,6 +68,10 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse a task with nothing to compare."""
         bounds(self, num_responses=(2, 8), overlap=(1, None), max_rankings=(0, None))
+        if not self.prompts and not self.rankings:
+            raise ConfigError(
+                "prompts and rankings are both empty; name prompts to answer, or rankings given elsewhere"
+            )
 
 
 class Annotator(Protocol):
@@ -166,15 +170,20 @@ def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) 
         raise UserError(f"overlap = {config.overlap}, but {config.annotators} has {len(annotators)} annotators")
     if any(annotator.kind not in ("ai", "simulated") for annotator in annotators):
         raise UserError(f"{config.annotators} is code, so the kind of its annotators must be 'ai' or 'simulated'")
+    ranked = {ranking.prompt_id for ranking in store.rankings(run.id)}
     given: list[tuple[Ranking, str, str]] = []
-    with run.progress("ranking", len(tasks)) as advance:
-        for number, (prompt, completions) in enumerate(tasks):
-            rng = np.random.default_rng([run.seed, 11, number])
-            for index in rng.permutation(len(annotators))[: config.overlap]:
-                ranking = transform(annotators[index], prompt, completions, rng)
-                given.append((ranking, f"{run.id}/{prompt.id}/{ranking.annotator}", ""))
-            advance()
-    store.submit_many(given, run.id)
+    try:
+        with run.progress("ranking", len(tasks)) as advance:
+            for number, (prompt, completions) in enumerate(tasks):
+                advance()
+                if prompt.id in ranked:
+                    continue
+                rng = np.random.default_rng([run.seed, 11, number])
+                chosen = [annotators[index] for index in rng.permutation(len(annotators))[: config.overlap]]
+                rankings = [transform(annotator, prompt, completions, rng) for annotator in chosen]
+                given += [(ranking, f"{run.id}/{prompt.id}/{ranking.annotator}", "") for ranking in rankings]
+    finally:  # a judge that is paid by the question and then fails is not asked the same again
+        store.submit_many(given, run.id)
 
 
 def import_rankings(config: Config, run: Run, store: Store) -> None:
@@ -197,6 +206,11 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
         placed = tuple(tuple(completions[i].id for i in group) for group in groups)
         ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind=kind)
         pending.append(((prompt, completions), ranking))
+    if not pending:
+        raise UserError(
+            f"no judgement in {', '.join(config.rankings)}; {run.dir / 'quarantine-rankings.jsonl'} says what is wrong "
+            "with each record"
+        )
     store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
     # A prompt may come with several sets of responses, so each ranking names its task. Data sets also repeat and
     # contradict themselves: what an annotator said first stands.

@@ -174,7 +174,11 @@ def _check(corpus: Corpus, intake: Intake, dropped: Counter[str], config: Config
     reasons = ", ".join(f"{reason} {n}" for reason, n in (dropped + intake.reasons).most_common(5)) or "none"
     where = ", ".join(config.sources)
     if not corpus.kept:
-        raise UserError(f"no document of {where} is left: {intake.read} read; reasons: {reasons}")
+        places = ", ".join(f"{bad['file']}:{bad['line']} {bad['reason']}" for bad in intake.bad[:2])
+        raise UserError(
+            f"no document of {where} is left: {intake.read} read; reasons: {reasons}"
+            f"{f' ({places})' if places else ''}; give other text, or loosen the filters"
+        )
     raise UserError(f"only one document of {where} is left, so none can be held out; add text (reasons: {reasons})")
 
 

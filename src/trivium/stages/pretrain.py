@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import ConfigError, Ref, bounds
+from trivium.config import ConfigError, Ref, UserError, bounds
 from trivium.data.loader import PretrainLoader
 from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
@@ -98,6 +98,7 @@ def run(config: Config, run: Run) -> None:
     tokenizer = Tokenizer.load(corpus / "tokenizer")
     train = open_shards(corpus / "shards" / "train", tokenizer.fingerprint)
     heldout = open_shards(corpus / "shards" / "heldout", tokenizer.fingerprint).head(HELDOUT_TOKENS)
+    check_size(train, config)
     device = device_of(run.settings)
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
@@ -134,6 +135,16 @@ def run(config: Config, run: Run) -> None:
     )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
+
+
+def check_size(train: Shards, config: Config) -> None:
+    """Raise UserError for a corpus that does not fill one batch: every step would repeat all of it."""
+    needed = config.fit.batch_size * config.context
+    if train.num_tokens < needed:
+        raise UserError(
+            f"the corpus has {train.num_tokens:,} tokens, too few for one batch of {config.fit.batch_size} rows of "
+            f"{config.context}: give at least {needed:,}, or lower fit.batch_size or context"
+        )
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:

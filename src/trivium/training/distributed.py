@@ -23,7 +23,9 @@ def setup(settings: RunSettings) -> None:
 def num_cores() -> int:
     """Return how many cores this process may use; OMP_NUM_THREADS, where set, is the user's own word."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else len(os.sched_getaffinity(0))
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def device_of(settings: RunSettings) -> torch.device:

@@ -167,8 +167,9 @@ class Source:
         return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
 
     def origins(self) -> list[tuple[str, bool]]:
-        """Return (name, is it code?) of the user's inputs, without the judgements that parents stand for."""
-        names = [name for name in self.manifest.inputs if not name.startswith("judgements:")]
+        """Return (name, is it code?) of the user's inputs, without judgements and judges: they are no data."""
+        judge = self.manifest.config.get("judge")
+        names = [name for name in self.manifest.inputs if name != judge and not name.startswith("judgements:")]
         return [(write_origin(name), is_code(name)) for name in names]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivium.config import UserError, is_code, load_attribute
+from trivium.config import UserError, call_attribute, is_code
 from trivium.data.sources.intake import BadRecord, Intake, Place
 from trivium.data.sources.jsonl import open_binary, parse_json, read_lines
 
@@ -31,7 +31,7 @@ def read_rows(spec: str, *, base: Path, seed: int, options: Mapping[str, Any], i
     if spec.startswith("hf:"):
         yield from _hugging_face(spec)
     elif is_code(spec) and not (base / spec).exists():
-        rows = load_attribute(spec)(seed, **options)
+        rows = call_attribute(spec, seed, **options)
         yield from (Row(Place(spec, number), value) for number, value in enumerate(rows, 1))
     else:
         for path, name in _expand(spec, base, intake):
