@@ -23,7 +23,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 LOG = VENV / "install.log"
 RUNTIME = "data,web,eval,export"
-DEVELOPER = f"{RUNTIME},dev"
+DEVELOPER = f"{RUNTIME},postgres,dev"
 CHECKS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "lint": ["-m", "ruff", "check", "."],
@@ -103,7 +103,7 @@ def soak(options: list[str]) -> int:
 def prepare(extras: str) -> int:
     """Make or mend the environment so that `extras` are installed; instant and offline when they are already."""
     pinned = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    key = hashlib.sha256(pinned + str(ROOT).encode() + sys.version.encode()).hexdigest()
+    key = hashlib.sha256(pinned + f"{ROOT} {sys.version} {RUNTIME} {DEVELOPER}".encode()).hexdigest()
     stamps = [VENV / f"trivium-{'dev' if name == DEVELOPER else 'run'}.stamp" for name in {extras, DEVELOPER}]
     if works() and any(stamp.is_file() and stamp.read_text() == key for stamp in stamps):
         return 0
