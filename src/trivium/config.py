@@ -23,6 +23,22 @@ from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
 
+STAGES = (
+    "data_prep",
+    "train_tokenizer",
+    "pretrain",
+    "sft",
+    "collect_comparisons",
+    "reward_model",
+    "ppo",
+    "dpo",
+    "grpo",
+    "constitutional_ai",
+    "evaluate",
+    "export",
+)
+"""The stages that come with Trivium, in the order in which one would explain them."""
+
 
 class UserError(Exception):
     """A foreseeable mistake: one sentence that names the thing and the way out; no traceback is shown for it."""

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from trivium.config import (
+    STAGES,
     ConfigError,
     DiskFull,
     Recipe,
@@ -49,21 +50,6 @@ from trivium.runs.manifest import (
 )
 from trivium.runs.registry import latest_runs, resolve
 from trivium.training.distributed import compute_dtype, setup
-
-STAGES = (
-    "data_prep",
-    "train_tokenizer",
-    "pretrain",
-    "sft",
-    "collect_comparisons",
-    "reward_model",
-    "ppo",
-    "dpo",
-    "grpo",
-    "constitutional_ai",
-    "evaluate",
-    "export",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 from trivium.apps.report import comparable, render_text, write_report
 from trivium.apps.report.cells import Cell, visible, write_number
 from trivium.apps.report.page import as_dict, gather, render
-from trivium.config import RunSettings, UserError
+from trivium.config import STAGES, RunSettings, UserError
 from trivium.records import Cost, RunManifest
 from trivium.runs.manifest import Run, write_manifest
 
@@ -412,20 +412,8 @@ def test_without_matplotlib_the_report_is_whole_but_for_its_drawings(full, monke
 def test_a_workspace_that_is_not_finished_says_what_is_missing(tmp_path, last):
     if last != "nothing":
         fabricate(tmp_path)
-        order = [
-            "data_prep",
-            "train_tokenizer",
-            "pretrain",
-            "sft",
-            "collect_comparisons",
-            "reward_model",
-            "ppo",
-            "dpo",
-            "grpo",
-            "constitutional_ai",
-            "evaluate",
-        ]
-        for table in order[order.index(last) + 1 :]:
+        done = [stage for stage in STAGES if stage != "export"]
+        for table in done[done.index(last) + 1 :]:
             manifest = next((tmp_path / table).glob("*/manifest.json"))
             data = json.loads(manifest.read_text())
             manifest.write_text(json.dumps(data | {"status": "running"})) if table == "grpo" else manifest.unlink()

@@ -42,7 +42,7 @@ def tree(root: Path) -> str:
     lines += [f"├── {_label(root / name)}{about}" for name, about in ABOUT.items() if (root / name).exists()]
     lines.append("└── src/trivium/")
     package = root / "src" / "trivium"
-    order = importlib.import_module("trivium.cli.verbs").STAGES
+    order = importlib.import_module("trivium.config").STAGES
     rooms = [path for name in FLOORS for path in (package / name, package / f"{name}.py") if path.exists()]
     for room in rooms:
         last = room is rooms[-1]
@@ -202,7 +202,7 @@ def make(root: Path, part: str) -> str | None:
 
 def stage_pages(root: Path) -> dict[str, str]:
     """Return the page of each stage by its name."""
-    order: tuple[str, ...] = importlib.import_module("trivium.cli.verbs").STAGES
+    order: tuple[str, ...] = importlib.import_module("trivium.config").STAGES
     return {f"docs/stages/{stage}.md": stage for stage in order}
 
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from trivium import __version__
-from trivium.cli.verbs import STAGES, TOOLS, help_text
-from trivium.config import ConfigError, UserError, is_disk_full, suggest
+from trivium.cli.verbs import TOOLS, help_text
+from trivium.config import STAGES, ConfigError, UserError, is_disk_full, suggest
 
 EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "matplotlib", "plotly", "pydantic"), "web") | dict.fromkeys(
     ("trafilatura", "pyarrow", "py3langid", "datasets"), "data"

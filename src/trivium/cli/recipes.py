@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from trivium.cli.options import RunOptions, parse
-from trivium.cli.verbs import STAGES, TOOLS, stage_summary
-from trivium.config import ConfigError, Recipe, RunSettings, load_recipe, suggest
+from trivium.cli.verbs import TOOLS, stage_summary
+from trivium.config import STAGES, ConfigError, Recipe, RunSettings, load_recipe, suggest
 
 
 def run(verb: str, rest: list[str]) -> int:

@@ -6,21 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-STAGES = (
-    "data_prep",
-    "train_tokenizer",
-    "pretrain",
-    "sft",
-    "collect_comparisons",
-    "reward_model",
-    "ppo",
-    "dpo",
-    "grpo",
-    "constitutional_ai",
-    "evaluate",
-    "export",
-)
-"""The stages that come with Trivium, in the order in which one would explain them."""
+from trivium.config import STAGES
 
 TOOLS = {
     "run": "A recipe, stage by stage: skips what is done, resumes what was cut off, redoes what changed.",

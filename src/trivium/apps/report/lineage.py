@@ -8,7 +8,8 @@ from pathlib import Path
 
 from trivium.apps.report.cells import join, mapping, words, write_count
 from trivium.apps.report.model_tables import NOTES, checkpoints, is_win_rate
-from trivium.apps.report.sources import LABELS, ORDER, Source, Sources, task_name, write_kind, write_origin
+from trivium.apps.report.sources import LABELS, Source, Sources, task_name, write_kind, write_origin
+from trivium.config import STAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +163,7 @@ def _seeds(sources: Sources) -> str:
 
 
 def _unfinished(sources: Sources) -> str:
-    trained = [stage for stage in ORDER if stage not in ("export",) and sources.find(stage) is None]
+    trained = [stage for stage in STAGES if stage not in ("export",) and sources.find(stage) is None]
     return f"Not run, or not finished, in this workspace: {join(LABELS[s] for s in trained)}." if trained else ""
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from trivium.apps.report.cells import Cell, Row, Table, phrase, write_number
 from trivium.apps.report.judges import taste_of
-from trivium.apps.report.sources import OPEN_SCALE, ORDER, PROXY, Sources, task_name
+from trivium.apps.report.sources import OPEN_SCALE, PROXY, Sources, task_name
 from trivium.apps.report.stages_table import cost_cells
+from trivium.config import STAGES
 
 TASKS = (
     "bits_per_byte",
@@ -39,7 +40,7 @@ def checkpoints(sources: Sources) -> list[str]:
     """Return the evaluated models in the order of the pipeline."""
     found = {result.checkpoint for _, result in sources.evaluations()}
     tables = {
-        s.manifest.table: (ORDER.index(s.manifest.stage) if s.manifest.stage in ORDER else 99) for s in sources.runs
+        s.manifest.table: (STAGES.index(s.manifest.stage) if s.manifest.stage in STAGES else 99) for s in sources.runs
     }
     return sorted(found, key=lambda name: (tables.get(name, 98), name))
 

@@ -8,28 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trivium.apps.report.cells import NOT_RECORDED, Cell, finite
-from trivium.config import UserError, is_code
+from trivium.config import STAGES, UserError, is_code
 from trivium.records import EvalResult, RunManifest, sha256_file
 from trivium.runs.events import read_events, read_metrics
 from trivium.runs.manifest import MANIFEST
 from trivium.runs.registry import latest_runs, list_runs
 
 EVENTS, SPECIMENS = "events.jsonl", "specimens.jsonl"
-ORDER = (
-    "data_prep",
-    "train_tokenizer",
-    "pretrain",
-    "sft",
-    "collect_comparisons",
-    "reward_model",
-    "ppo",
-    "dpo",
-    "grpo",
-    "constitutional_ai",
-    "evaluate",
-    "export",
-)
-"""The order in which stages are shown; stages of one's own come last."""
 
 LABELS = {
     "data_prep": "Data preparation",
@@ -271,7 +256,7 @@ class Sources:
 
 
 def _place(stage: str) -> int:
-    return ORDER.index(stage) if stage in ORDER else len(ORDER)
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def write_kind(kind: str) -> str:
