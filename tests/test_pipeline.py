@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from trivium.config import ConfigError, DiskFull, Recipe, UserError, Waiting, load_recipe
+from trivium.config import ConfigError, DiskFull, Recipe, Stopped, UserError, Waiting, load_recipe
 from trivium.pipeline import run_recipe
 from trivium.runs.manifest import read_manifest
 
@@ -18,7 +19,7 @@ STAGE = '''
 """A stage of the test's own: copies its text, and its parent's, into a file."""
 from dataclasses import dataclass
 from pathlib import Path
-import errno
+import errno, os, time
 from trivium.config import InputPath, Ref, Waiting
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ def run(config, run):
     """Write the text."""
     if (run.workspace / "fail").exists():
         raise OSError(errno.ENOSPC, "No space left on device", str(run.dir / "text.txt"))
+    if (run.workspace / "signal").exists():
+        os.kill(os.getpid(), int((run.workspace / "signal").read_text()))
+        time.sleep(1)
     if (run.workspace / "wait").exists():
         raise Waiting("two rankings to give")
     with (run.workspace / "calls.txt").open("a") as calls:
@@ -119,6 +123,34 @@ def test_only_runs_the_named_table(place: Path) -> None:
         run_recipe(recipe(place), workspace=place / "w", only=["second"])
     run_recipe(recipe(place), workspace=place / "w", only=["first"])
     run_recipe(recipe(place), workspace=place / "w", only=["second"])
+    assert calls(place) == ["first", "second"]
+
+
+def test_one_table_alone_does_not_build_on_a_damaged_parent(place: Path) -> None:
+    """`trivium STAGE` reads what an earlier command wrote, so it looks at it first."""
+    done = run_recipe(recipe(place), workspace=place / "w", only=["first"])
+    calls(place)
+    (place / "w" / "first" / done["first"].run_id / "text.txt").write_text("b")
+    with pytest.raises(UserError, match=r"second needs first-.*text.txt is not what the run wrote.*`trivium run`"):
+        run_recipe(recipe(place), workspace=place / "w", only=["second"])
+    assert calls(place) == []
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_leaves_a_run_that_says_it_was_stopped(
+    place: Path, number: signal.Signals, raised: type[BaseException]
+) -> None:
+    """Not `failed`, nor `running` for ever; the same command goes on."""
+    (place / "w").mkdir()
+    (place / "w" / "signal").write_text(str(int(number)))
+    with pytest.raises(raised):
+        run_recipe(recipe(place), workspace=place / "w")
+    manifest = read_manifest(next((place / "w" / "first").iterdir()))
+    assert manifest is not None and manifest.status == "stopped"
+    (place / "w" / "signal").unlink()
+    run_recipe(recipe(place), workspace=place / "w")
     assert calls(place) == ["first", "second"]
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +128,7 @@ def run_recipe(
             if only and spec.table not in only:
                 continue
             plan = make_plan(recipe, spec, validated[spec.table], workspace, {t: m.run_id for t, m in done.items()})
+            _check_parents(plan, workspace, checked={manifest.run_id for manifest in done.values()})
             done[spec.table] = _carry_out(plan, recipe, workspace)
     return done
 
@@ -191,6 +192,16 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
     )
     folder = workspace / spec.table / run_id
     return Plan(spec=spec, module=stage_module(spec.stage), config=config, manifest=manifest, folder=folder)
+
+
+def _check_parents(plan: Plan, workspace: Path, *, checked: Collection[str]) -> None:
+    """Raise UserError for a parent whose files are not what its run wrote; `checked` are known to be whole."""
+    for run_id in set(plan.manifest.parents.values()) - set(checked):
+        folder = workspace / run_id.rsplit("-", 1)[0] / run_id
+        manifest = None if os.sep in run_id else read_manifest(folder)
+        damage = _damage(folder, manifest) if manifest else None
+        if damage:
+            raise UserError(f"{plan.spec.table} needs {run_id}, but {damage}; `trivium run` makes that run again")
 
 
 def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -290,6 +301,9 @@ def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
         plan.module.run(plan.config, run)
     except Waiting as waiting:
         run.finish("waiting", str(waiting))
+        raise
+    except (Stopped, KeyboardInterrupt) as stop:
+        run.finish("stopped", str(stop))
         raise
     except UserError as error:
         run.finish("failed", str(error))

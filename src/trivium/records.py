@@ -213,7 +213,7 @@ class RunManifest:
     run_id: str
     stage: str
     table: str
-    status: Literal["running", "waiting", "done", "failed"]
+    status: Literal["running", "stopped", "waiting", "done", "failed"]
     fingerprint: str
     config: Mapping[str, Any]
     parents: Mapping[str, str] = field(default_factory=dict)

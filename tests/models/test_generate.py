@@ -54,6 +54,14 @@ def test_a_row_does_not_depend_on_its_batch_mates(family, prompts, how):
         assert np.allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+def test_every_row_that_ends_is_counted_once(family, prompts):
+    counts = []
+    how = {"max_new_tokens": 9, "seed": 5, "stop_ids": frozenset(range(8, 20))}
+    generate(family, prompts, batch_size=4, on_done=counts.append, **how)
+    assert sum(counts) == len(prompts)
+    assert len(counts) > 2  # as they end, not all at once
+
+
 def test_prompts_read_in_pieces_give_the_same(family, prompts, monkeypatch):
     whole = generate(family, prompts * 2, max_new_tokens=6, seed=2)
     monkeypatch.setattr(generation, "PREFILL_TOKENS_CPU", 22)  # two prompts at a time, the longest having 11 tokens

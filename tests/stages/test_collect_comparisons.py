@@ -186,7 +186,7 @@ def test_a_repeated_prompt_with_the_same_answers_is_no_conflict(
         def rank(self, prompt, texts, rng):
             return [[int(i)] for i in rng.permutation(len(texts))]
 
-    def three_words(model, prompts, sampling, *, stop_ids, seed):
+    def three_words(model, prompts, sampling, *, stop_ids, seed, on_done):
         return [type("G", (), {"token_ids": [40 + i % 3, 7], "logprobs": [0.0, 0.0], "finish_reason": "stop"})()
                 for i in range(len(prompts))]  # fmt: skip
 

@@ -7,7 +7,7 @@ few answered questions first, and what it writes after its answer is cut off.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Player:
     model: Transformer
     tokenizer: Tokenizer
     is_base: bool = False
+    on_done: Callable[[int], object] | None = None
+    """Called with the number of completions that have ended, as they do, for whoever shows progress."""
 
     def encode(self, prompt: Conversation, examples: Sequence[Item], max_new_tokens: int) -> list[int]:
         """Return the ids to continue; examples are for base models, and only as many as leave room for the answer."""
@@ -68,6 +70,7 @@ class Player:
         return generate(
             self.model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
             stop_ids=self.tokenizer.stop_ids, batch_size=BATCH_ROWS, on_token=asks_again if self.is_base else None,
+            on_done=self.on_done,
         )  # fmt: skip
 
     def text_of(self, generated: Generated) -> str:
@@ -93,7 +96,9 @@ def table_of(folder: Path) -> str:
     return manifest.table if manifest else folder.name
 
 
-def load_player(folder: Path, device: torch.device | str = "cpu") -> Player:
+def load_player(
+    folder: Path, device: torch.device | str = "cpu", on_done: Callable[[int], object] | None = None
+) -> Player:
     """Return the model of a run's folder, or of a Hugging Face folder; what a pretrain run left is a base model."""
     files = folder if (folder / "config.json").is_file() else folder / "model"
     manifest = read_manifest(folder)
@@ -102,4 +107,5 @@ def load_player(folder: Path, device: torch.device | str = "cpu") -> Player:
         model=load_model(files, device=device).requires_grad_(False).eval(),
         tokenizer=Tokenizer.load(files),
         is_base=manifest is not None and manifest.stage == "pretrain",
+        on_done=on_done,
     )

@@ -156,6 +156,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
     on_token: Callable[[int, int], bool] | None = None,
+    on_done: Callable[[int], object] | None = None,
 ) -> list[Generated]:
     """Return one completion per prompt (token ids), in the prompts' order.
 
@@ -163,6 +164,7 @@ def generate(
     `top_p` 1 are off; where on, logprobs are those after the filter. Row i draws with numbers that depend on
     (`seed`, i) only. `batch_size`: how many rows at a time (default all). `on_token(row, token)` is called for every
     token and may return True to end that row. A row also ends at the model's context (`max_position_embeddings`).
+    `on_done(n)` is called whenever n more rows have ended, for whoever shows progress.
     Raises ValueError for a prompt that is empty or fills the context.
     """
     sampling = _Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -176,7 +178,7 @@ def generate(
     done: dict[int, Generated] = {}
     for start in range(0, len(prompts), size):
         rows = list(order[start : start + size])
-        done |= _generate_batch(model, prompts, rows, sampling, budgets, uniforms, stop_ids, on_token)
+        done |= _generate_batch(model, prompts, rows, sampling, budgets, uniforms, stop_ids, on_token, on_done)
     return [done[row] for row in range(len(prompts))]
 
 
@@ -189,6 +191,7 @@ def _generate_batch(
     uniforms: Tensor,
     stop_ids: frozenset[int],
     on_token: Callable[[int, int], bool] | None,
+    on_done: Callable[[int], object] | None,
 ) -> dict[int, Generated]:
     """Return the completions of the prompts named by `rows`, by row."""
     batch = _Batch(model, prompts, rows, int(budgets[rows].max()))
@@ -206,6 +209,8 @@ def _generate_batch(
         history.append((batch.rows, tokens, logprobs, stopped))
         finished = stopped | (budgets[batch.rows] <= step + 1)
         ended = int(finished.sum())
+        if ended and on_done is not None:
+            on_done(ended)
         if ended == len(tokens):
             return _collect(history)
         batch.step(batch.drop(finished, tokens) if ended else tokens)

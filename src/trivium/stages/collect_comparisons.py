@@ -135,7 +135,8 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
     stop = frozenset({tokenizer.end_id, tokenizer.eos_id})
     repeated = [prompt for prompt in prompts.prompts for _ in range(config.num_responses)]
     encoded = [ids for ids in prompts.encoded for _ in range(config.num_responses)]
-    generated = sample(model, encoded, config.sampling, stop_ids=stop, seed=run.seed)
+    with run.progress("responses", len(encoded)) as advance:
+        generated = sample(model, encoded, config.sampling, stop_ids=stop, seed=run.seed, on_done=advance)
     num_tokens = sum(len(g.token_ids) for g in generated)
     run.spend(tokens=num_tokens, flops=model.config.flops_per_token(256) * (num_tokens + sum(map(len, encoded))))
     policy = run.manifest.parents["policy"]

@@ -185,7 +185,9 @@ class Writer:
         """Return one sampled response to each conversation; `purpose` keeps the random numbers of the steps apart."""
         encoded = [render_prompt(self.tokenizer, conversation) for conversation in conversations]
         stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        generated = sample(self.model, encoded, self.sampling, stop_ids=stop, seed=self.run.seed * 101 + purpose)
+        seed = self.run.seed * 101 + purpose
+        with self.run.progress(("responses", "critiques", "revisions")[purpose], len(encoded)) as advance:
+            generated = sample(self.model, encoded, self.sampling, stop_ids=stop, seed=seed, on_done=advance)
         tokens = sum(len(ids) + len(g.token_ids) for ids, g in zip(encoded, generated, strict=True))
         self.run.spend(tokens=tokens, flops=self.model.config.flops_per_token(128) * tokens)
         return [self.tokenizer.decode(g.token_ids) for g in generated]
@@ -203,8 +205,9 @@ def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]
     num_ranked = 0
     judge = load_attribute(config.judge)
     kind: AnnotatorKind = "ai" if config.judge_kind == "ai" else "simulated"
-    with Store(run.workspace / "preferences.db") as store:
+    with Store(run.workspace / "preferences.db") as store, run.progress("ranking", len(rows)) as advance:
         for number, row in enumerate(rows):
+            advance()
             prompt = _prompt(row)
             texts = list(dict.fromkeys(t for t in [*row["responses"], row["revision"]] if t.strip()))
             if len(texts) < 2:

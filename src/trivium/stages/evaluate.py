@@ -100,15 +100,14 @@ def run(config: Config, run: Run) -> None:
     exam = Exam(config, run)
     figures: dict[str, Figures] = {}
     samples: dict[str, Sample] = {}
-    with run.progress("models", len(config.models)) as advance:
-        for name, folder in exam.folders.items():
-            player = load_player(folder, device_of(run.settings))
+    for name, folder in exam.folders.items():
+        with run.progress(name, exam.num_answers) as advance:
+            player = load_player(folder, device_of(run.settings), advance)
             figures[name] = transform(player, exam.tasks, config, exam.judge)
             exam.report_tasks(player, figures[name])
             exam.report_text(player)
             if exam.prompts:
                 samples[name] = exam.compare(player)
-            advance()
     exam.show(figures, samples)
     exam.report_overoptimization()
     skipped = [task.name for task in exam.tasks if not any(task.name in f.grades for f in figures.values())]
@@ -141,6 +140,7 @@ class Exam:
         self.reference = load_player(run.parent("reference"), device)
         self.reference_sample = self.sample(self.reference, 1) if self.prompts else None
         self.skipped: dict[str, str] = {}
+        self.num_answers = sum(len(t.items) for t in self.tasks if t.kind == "generate") + len(self.prompts)
 
     def spend(self, player: Player, num_tokens: int) -> None:
         """Add the tokens that a player read or wrote to the run's cost."""

@@ -12,7 +12,7 @@ Left out: Unigram and other algorithms; sampling by language.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,19 @@ def transform(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[list
 def run(config: Config, run: Run) -> None:
     """Train, save, and write both sides of the corpus as shards."""
     corpus = run.parent("corpus")
-    tokenizer = train(_limited(_texts(corpus / "train.jsonl"), config.train_bytes), config.vocab_size)
+    with run.progress("learning from documents", 0) as advance:
+        texts = _limited(_texts(corpus / "train.jsonl"), config.train_bytes)
+        tokenizer = train(_counted(texts, advance), config.vocab_size)
     tokenizer.save(run.dir / "tokenizer")
     facts: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
     for side in ("train", "heldout"):
-        counts = write_shards(
-            run.dir / "shards" / side,
-            transform(tokenizer, _texts(corpus / f"{side}.jsonl")),
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-        )
+        with run.progress(f"encoding {side} documents", _num_texts(corpus / f"{side}.jsonl")) as advance:
+            counts = write_shards(
+                run.dir / "shards" / side,
+                transform(tokenizer, _counted(_texts(corpus / f"{side}.jsonl"), advance)),
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+            )
         facts |= {f"{side}_{key}": counts[key] for key in ("documents", "tokens", "bytes")}
         facts[f"{side}_bytes_per_token"] = round(counts["bytes"] / counts["tokens"], 4)
     run.spend(tokens=facts["train_tokens"] + facts["heldout_tokens"])
@@ -82,6 +85,21 @@ def _texts(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is missing or empty; run data_prep first")
     for row in read_jsonl(path):
         yield row["text"]
+
+
+def _num_texts(path: Path) -> int:
+    """Return how many lines a corpus file has; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def _counted(texts: Iterator[str], advance: Callable[[int], object]) -> Iterator[str]:
+    """Yield the texts, telling `advance` of each."""
+    for text in texts:
+        yield text
+        advance(1)
 
 
 def _limited(texts: Iterator[str], limit: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ Token ids are the currency: what was sampled is what is scored and trained, neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +36,12 @@ class GenerateFn(Protocol):
         temperature: float,
         stop_ids: frozenset[int],
         seed: int,
+        on_done: Callable[[int], object] | None = None,
     ) -> list[Generated]:
-        """Return one completion per prompt, with the log-probabilities it was sampled with."""
+        """Return one completion per prompt, with the log-probabilities it was sampled with.
+
+        `on_done(n)`, where given, is called whenever n more completions have ended.
+        """
         ...
 
 
@@ -122,9 +126,11 @@ def sample(
     stop_ids: frozenset[int],
     seed: int,
     generate_fn: GenerateFn = generate,
+    on_done: Callable[[int], object] | None = None,
 ) -> list[Generated]:
     """Return one sampled completion per prompt; the model is in eval mode while it samples.
 
+    `on_done(n)` is called whenever n more completions have ended, for whoever shows progress.
     Raises UserError where a prompt fills the model's context.
     """
     check_room(model, prompts)
@@ -137,6 +143,7 @@ def sample(
             temperature=config.temperature,
             stop_ids=stop_ids,
             seed=seed,
+            on_done=on_done,
         )
 
 

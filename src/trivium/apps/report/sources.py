@@ -211,7 +211,12 @@ class Sources:
     def missing(self, stage: str, figure: str = "", *, group: str = "") -> Cell:
         """Return the cell that says why a stage has no figures."""
         manifest = self.unfinished.get(stage)
-        words = {"running": "started, not finished", "failed": "failed, no figures", "waiting": "waiting for rankings"}
+        words = {
+            "running": "started, not finished",
+            "stopped": "stopped, not finished",
+            "failed": "failed, no figures",
+            "waiting": "waiting for rankings",
+        }
         text = "not run yet" if manifest is None else words.get(manifest.status, manifest.status)
         return Cell(phrase=text, figure=figure, group=group)
 

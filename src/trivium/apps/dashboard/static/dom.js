@@ -79,7 +79,8 @@ export function costFigures(cost) {
 }
 
 const STATUS = {
-  done: "done", running: "running", waiting: "waiting for people", failed: "failed", outside: "from elsewhere", missing: "not run",
+  done: "done", running: "running", stopped: "stopped", waiting: "waiting for people", failed: "failed", outside: "from elsewhere",
+  missing: "not run",
 };
 
 /**
