@@ -21,7 +21,7 @@ from trivium.config import ConfigError, Ref, UserError, bounds
 from trivium.data.loader import PretrainLoader
 from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.config import ModelConfig
 from trivium.models.generate import generate
 from trivium.models.hf import save_model
@@ -88,8 +88,7 @@ class Config:
 def objective(model: Transformer, z_loss: float, batch: TokenBatch) -> LossOutput:
     """Return the summed next-token cross-entropy (nats) of a packed batch; no token sees another document."""
     hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
-    losses = cross_entropy(model.logits(hidden), batch.targets, z_loss=z_loss)
-    return LossOutput(total=losses.sum())
+    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets, z_loss).sum())
 
 
 def run(config: Config, run: Run) -> None:

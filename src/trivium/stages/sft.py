@@ -24,7 +24,7 @@ from trivium.data.loader import RowLoader
 from trivium.data.sources import load_conversations
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.generate import generate
 from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
@@ -59,8 +59,8 @@ class Config:
 
 def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
     """Return the summed cross-entropy (nats) of the assistant's tokens, end of turn included."""
-    logits = model.logits(model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids))
-    return LossOutput(total=cross_entropy(logits, batch.targets).sum())
+    hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
+    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets).sum())
 
 
 def run(config: Config, run: Run) -> None:
