@@ -75,7 +75,7 @@ class _HeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, for_hidden, for_weight = ctx.saved_tensors
         if len(factors) and bool((factors == factors[0]).all()):
