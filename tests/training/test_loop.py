@@ -17,7 +17,7 @@ from trivium.config import Stopped, UserError
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages.sft import objective
-from trivium.training.checkpoint import resume
+from trivium.training.checkpoint import Checkpointer
 from trivium.training.loop import FitConfig, fit
 from trivium.training.optim import OptimConfig, Optimizer
 
@@ -106,9 +106,9 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(
         name, damage = damaged_files(newest)[number]
         damage()  # type: ignore[call-arg]
         model = tiny_model()
-        checkpoint = resume(
-            run, modules={"m": model, "model": model}, optimizers={"model": Optimizer(model, CONFIG.optim)}
-        )
+        checkpoint = Checkpointer(
+            run, modules={"model": model}, optimizers={"model": Optimizer(model, CONFIG.optim)}
+        ).resume()
         assert checkpoint is not None and checkpoint.step == 3, name
         assert "00000006" in capsys.readouterr().err
         assert newest.with_suffix(".damaged").is_dir()
