@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,14 +187,14 @@ class Decoder(nn.Module):
         self._attention_factor = attention_factor(config)
         self._compiled = False
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, **options: Any) -> None:
         """Compile each layer for training; in evaluation mode, and with a cache, the layers run as written.
 
         All layers share one compiled program, and so do all steps whose rows have one length. Sampling changes its
-        lengths with every token and would compile without end.
+        lengths with every token and would compile without end. `options` are torch.compile's.
         """
         for layer in self.layers:
-            layer.compile()
+            layer.compile(**options)
         self._compiled = True
 
     def forward(

@@ -21,12 +21,13 @@ from trivium.config import ConfigError, Ref, UserError, bounds
 from trivium.data.loader import PretrainLoader
 from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import total_cross_entropy
 from trivium.models.config import ModelConfig
 from trivium.models.generate import generate
 from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
+from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.rollout import chunks
@@ -88,8 +89,8 @@ class Config:
 def objective(model: Transformer, z_loss: float, batch: TokenBatch) -> LossOutput:
     """Return the summed next-token cross-entropy (nats) of a packed batch; no token sees another document."""
     hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
-    losses = cross_entropy(model.logits(hidden), batch.targets, z_loss=z_loss)
-    return LossOutput(total=losses.sum())
+    total = total_cross_entropy(hidden, model.lm_head.weight, batch.targets, logits=model.logits, z_loss=z_loss)
+    return LossOutput(total=total)
 
 
 def run(config: Config, run: Run) -> None:
@@ -103,6 +104,7 @@ def run(config: Config, run: Run) -> None:
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
     model.to(device)
+    compile_layers(model, run.settings)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = world()
 
