@@ -104,6 +104,8 @@ class RunSettings:
     """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
     """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
+    compile: str = "auto"
+    """Whether pretrain and sft compile the network's layers (torch.compile): `on`, `off`, or `auto`: on a GPU only."""
     strict: bool = False
     """Whether a malformed input line is fatal instead of counted."""
     time_limit_s: float = 0.0
@@ -111,7 +113,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16"))
+        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"))
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None))
 
 

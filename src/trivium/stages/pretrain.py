@@ -27,6 +27,7 @@ from trivium.models.generate import generate
 from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
+from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.rollout import chunks
@@ -102,6 +103,7 @@ def run(config: Config, run: Run) -> None:
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
     model.to(device)
+    compile_layers(model, run.settings)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = world()
 
