@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from trivium.models.config import ModelConfig
+from trivium.models.generate import generate
+from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import KVCache, RMSNorm, Transformer
 
 
@@ -46,6 +48,52 @@ def test_rms_norm_is_computed_in_float32():
     exact = x.double() / x.double().pow(2).mean(-1, keepdim=True).sqrt()
     # The result's own rounding to 8 bits is all that may be lost.
     assert ((norm(x).double() - exact) / exact).abs().max() <= 2**-8
+
+
+class TestLearnedPositions:
+    """Rows 10 and 22: RoPE hides a wrong offset, so here position t turns by random angles of its own."""
+
+    @pytest.fixture
+    def absolute(self, tiny) -> Transformer:
+        model = tiny(head_dim=8)
+        table = 3 * torch.randn(64, 1, 4, generator=torch.Generator().manual_seed(5))
+        model.model.rope = lambda positions: (table[positions].cos(), table[positions].sin())
+        return model
+
+    def test_an_offset_matters_here(self, absolute, tokens):
+        ids = tokens(1, 6)
+        assert not torch.allclose(absolute(ids), absolute(ids, positions=torch.arange(6)[None] + 1), atol=1e-2)
+
+    @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 4, 2]])
+    def test_decoding_equals_reading(self, absolute, tokens, pieces):
+        ids = tokens(2, 12)
+        cache = KVCache(absolute.config, batch_size=2, capacity=12)
+        parts = [absolute(piece, cache=cache) for piece in ids.split(pieces, dim=1)]
+        assert torch.allclose(torch.cat(parts, 1), absolute(ids), atol=2e-5)
+
+    def test_left_padded_equals_right_padded_equals_alone(self, absolute, tokens):
+        row = tokens(1, 6)
+        left, right = (nn.functional.pad(row, sides) for sides in ((3, 0), (0, 3)))
+        mask = (torch.arange(9) >= 3)[None]
+        hidden = absolute(left, positions=(mask.cumsum(-1) - 1).clamp(min=0), attention_mask=mask)
+        assert torch.allclose(hidden[:, 3:], absolute(row), atol=2e-5)
+        assert torch.allclose(absolute(right)[:, :6], absolute(row), atol=2e-5)
+
+    def test_sampling_side_by_side_equals_sampling_alone(self, absolute, tokens):
+        """The sampler pads on the left and counts on by itself."""
+        prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 6)]
+        together = generate(absolute, prompts, max_new_tokens=6, temperature=0.0)
+        for prompt, found in zip(prompts, together, strict=True):
+            alone = prompt
+            for token in found.token_ids:
+                assert absolute.logits(absolute(torch.tensor([alone])))[0, -1].argmax() == token
+                alone = [*alone, token]
+
+    def test_packed_documents_count_from_zero(self, absolute, tokens):
+        first, second = tokens(1, 7, seed=2), tokens(1, 9, seed=3)
+        documents, positions = torch.tensor([[0] * 7 + [1] * 9]), torch.tensor([[*range(7), *range(9)]])
+        packed = absolute(torch.cat([first, second], 1), positions=positions, document_ids=documents)
+        assert torch.allclose(packed[:, 7:], absolute(second), atol=2e-5)
 
 
 def test_only_differences_of_positions_matter(tiny, tokens):
@@ -141,6 +189,20 @@ class TestTiedEmbeddings:
         assert self.tied(copy.deepcopy(model))
         assert self.tied(model.to("meta").to_empty(device="cpu"))
         assert not self.tied(tiny())
+
+    def test_one_storage_after_loading_resuming_and_compiling(self, tiny, tmp_path):
+        """A checkpoint has the matrix under both names; filling both must leave one."""
+        model = tiny(tie_word_embeddings=True)
+        save_model(tmp_path / "model", model)
+        assert self.tied(load_model(tmp_path / "model"))
+        torch.save(model.state_dict(), tmp_path / "checkpoint.pt")
+        resumed = tiny(tie_word_embeddings=True).init_weights(1)
+        resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+        assert self.tied(resumed)
+        assert torch.equal(resumed.lm_head.weight, model.lm_head.weight)
+        resumed.model.compile_layers(backend="eager")
+        assert self.tied(resumed)
+        assert sum(p.numel() for p in resumed.parameters()) == resumed.config.num_parameters()
 
     def test_gradient_is_the_sum_of_both_uses(self, tiny, tokens):
         tied = tiny(tie_word_embeddings=True)

@@ -41,7 +41,7 @@ class Config:
     """Which model learns from which conversations."""
 
     init: Ref = "pretrain@latest"
-    """The model to start from: a run, or a local Hugging Face folder of the Llama, Qwen2, Qwen3 or Mistral family."""
+    """The model to start from: a run, or a local Hugging Face folder of one of the five families."""
     data: tuple[InputPath, ...] = ()
     """Files or folders of conversations, or code that yields them."""
     options: dict[str, int] = field(default_factory=dict)
