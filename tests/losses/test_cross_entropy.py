@@ -91,7 +91,7 @@ def outcome(loss_of, hidden, weight, factors=None):
 
 
 @pytest.mark.parametrize("same_factor", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 10, 11, 100])
 def test_chunked_head_equals_full_in_value_and_gradient(chunk, same_factor):
     """Also where the losses are weighted, for which the gradients cannot be known in the forward pass."""
     hidden, weight, targets = head_case(5)
@@ -142,6 +142,44 @@ def test_a_batch_with_nothing_to_train_has_no_loss_and_no_gradient_in_chunks_eit
     hidden, weight, targets = head_case(9)
     found = outcome(lambda h, w: head_cross_entropy(h, w, torch.full_like(targets, IGNORE), chunk=2), hidden, weight)
     assert all((tensor == 0).all() for tensor in found)
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="torch before 2.13")
+def test_chunks_agree_with_torchs_own():
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(2, 7, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    targets = torch.randint(0, 11, (2, 7), generator=generator)
+    targets[1, 4:] = IGNORE
+    outcomes = []
+    for own in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if own:
+            loss = head_cross_entropy(h, w, targets, chunk=5).sum()
+        else:
+            loss = functional.linear_cross_entropy(h.flatten(0, 1), w, targets.flatten(), reduction="sum")
+        (0.37 * loss).backward()
+        outcomes.append((loss.detach(), h.grad, w.grad))
+    for found, expected in zip(*outcomes, strict=True):
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products made inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("training", "products"), [(True, 3), (False, 1)])
+def test_an_evaluation_makes_no_gradients(training, products):
+    """Three chunks: one product each, and two more for the gradients where they are wanted."""
+    hidden, weight = torch.zeros(1, 6, 4, requires_grad=True), torch.zeros(8, 4, requires_grad=True)
+    with Products() as seen, torch.set_grad_enabled(training):
+        head_cross_entropy(hidden, weight, torch.zeros(1, 6, dtype=torch.long), chunk=2)
+    assert seen.count == 3 * products
 
 
 def test_a_chunk_of_zero_is_refused():

