@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -265,9 +266,9 @@ def test_attributes_are_loaded_by_name() -> None:
 
 
 def test_exit_codes() -> None:
-    """What a shell script can tell apart: mistake 2, waiting 3, full disk 5, signals as the shell has them."""
-    codes = (UserError("x"), ConfigError("x"), Waiting("x"), DiskFull("x"), Stopped(15, ""), Stopped(2, ""))
-    assert [error.exit_code for error in codes] == [2, 2, 3, 5, 143, 130]
+    """What a shell script can tell apart: mistake 2, waiting 3, time limit 4, full disk 5, signals as the shell has."""
+    codes = (UserError("x"), ConfigError("x"), Waiting("x"), Stopped(signal.SIGALRM, ""), DiskFull("x"))
+    assert [error.exit_code for error in (*codes, Stopped(15, ""), Stopped(2, ""))] == [2, 2, 3, 4, 5, 143, 130]
     assert "same command" in str(Stopped(15, " after step 3"))
 
 

@@ -176,9 +176,19 @@ class Workspace:
 
     def last_logged(self, table: str) -> int:
         """Return the last step whose loss was logged, 0 for none."""
-        folder, _ = self.of(table)
-        rows = [json.loads(line) for line in (folder / LOGS[0]).read_text().splitlines()]
+        logs = (self.folder / table).glob(f"*/{LOGS[0]}")
+        rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
         return max((row["step"] for row in rows if row["name"] == "train/loss"), default=0)
+
+    def interrupt(self, table: str, number: int) -> Path:
+        """Start a table, send it a signal once it has a checkpoint, and return that newest checkpoint."""
+        child = self.start(table)
+        while not (found := sorted((self.folder / table).glob("*/checkpoints/*[0-9]"))):
+            assert child.poll() is None, child.log.read_text()[-3000:]
+            time.sleep(0.005)
+        assert child.send(number), "it was done before it could be interrupted"
+        child.wait()
+        return disk.listing(found[0].parent)[-1]
 
     def copy(self, place: Path, *, without: str) -> Workspace:
         """Return a copy in which `without`, and what stands below it, has not begun."""
@@ -217,24 +227,24 @@ def assert_equal(workspace: Workspace, whole: Workspace, table: str) -> None:
 
 
 class Net(nn.Module):
-    """Twenty-eight numbers: a decayed matrix, which Muon trains, and what AdamW trains."""
+    """A matrix, which Muon trains, and what AdamW trains; 32 numbers unless it is to be larger."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.arange(12.0).reshape(3, 4))
-        self.layers = nn.ModuleList([nn.Linear(4, 3)])
+        self.layers = nn.ModuleList([nn.Linear(width, width)])
 
 
 class Small:
     """A run of which only the checkpoints matter: opened again, it is what a restarted process sees."""
 
-    def __init__(self, place: Path, keep: KeepConfig | None = None) -> None:
+    def __init__(self, place: Path, keep: KeepConfig | None = None, width: int = 4) -> None:
         torch.manual_seed(0)
         manifest = RunManifest(
             run_id="small-0", stage="sft", table="small", status="running", fingerprint="f" * 20, config={}
         )
         self.run = Run(manifest, folder=place / "small-0", workspace=place, settings=RunSettings(), base=place)
-        self.net = Net()
+        self.net = Net(width)
         self.optimizer = Optimizer(self.net, OptimConfig())
         self.saver = Checkpointer(
             self.run, modules={"model": self.net}, optimizers={"model": self.optimizer}, keep=keep
@@ -246,7 +256,7 @@ class Small:
         for parameter in self.net.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         self.optimizer.step(1.0)
-        self.run.metric("train/loss", float(self.net.embedding.sum()), number)
+        self.run.metric("train/loss", float(self.net.embedding.detach().sum()), number)
 
     def save(self, *steps: int) -> None:
         """Take each step and save it."""

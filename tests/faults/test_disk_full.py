@@ -58,7 +58,7 @@ def test_r4_an_error_at_each_operation_of_saving(tmp_path: Path) -> None:
             assert small.saver._written.wait(60)
         if counted.count < failing:
             break  # there is no such operation: every one has had its turn
-        with pytest.raises(DiskFull, match=r"no space for the checkpoint .*00000006: it needs \d+ bytes") as error:
+        with pytest.raises(DiskFull, match=r"no space for the checkpoint .*00000006: it needs [\d,]+ bytes") as error:
             small.saver.check()
         assert error.value.exit_code == 5
         left = disk.listing(small.saver.folder)
@@ -77,8 +77,7 @@ def test_r4_an_error_at_each_operation_of_saving(tmp_path: Path) -> None:
 @repeated(points=(6, 60))
 def test_r4_the_kernel_refuses_at_a_byte_of_the_file(tmp_path: Path, points: int) -> None:
     """A limit on the size of files, which is a real error of a real write, at bytes all over the tensors' file."""
-    small = Small(tmp_path)
-    small.net.layers[0] = torch.nn.Linear(64, 64)  # larger than the logs, which the limit must not touch
+    small = Small(tmp_path, width=64)  # larger than the logs, which the limit must not touch
     small.save(3)
     size = (small.saver.folder / "00000003" / disk.TENSORS).stat().st_size
     for point in range(points):
@@ -90,7 +89,7 @@ def test_r4_the_kernel_refuses_at_a_byte_of_the_file(tmp_path: Path, points: int
             with small.saver:
                 small.saver.save(6)
 
-        child = fork(work, tmp_path / "log")
+        child = fork(work, tmp_path / f"log{point}")
         assert child.wait() == 5, f"limit {limit} of {size}: {child.log.read_text()[-2000:]}"
         assert "00000006: it needs" in child.log.read_text() and "00000003 is whole" in child.log.read_text()
         assert [path.name for path in small.saver.folder.iterdir()] == ["00000003"]
@@ -116,8 +115,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_r4_a_disk_of_less_than_two_checkpoints(small_disk: Path) -> None:
     """One fits and the second does not: exit code 5, the first is kept; with space made, the same run goes on."""
     ballast = small_disk / "ballast"
-    small = Small(small_disk)
-    small.net.layers[0] = torch.nn.Linear(64, 64)
+    small = Small(small_disk, width=64)
     small.save(3)
     at_3 = small.tensors()
     size = sum(path.stat().st_size for path in (small.saver.folder / "00000003").iterdir())

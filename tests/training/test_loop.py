@@ -142,7 +142,7 @@ def fit_with_signal(
             signal.raise_signal(number)
         evaluated.append(step)
         run.sample("text", f"after {step}", step)
-        return {"eval/loss": float(sum(p.sum() for p in model.parameters()))}
+        return {"eval/loss": float(sum(p.detach().sum() for p in model.parameters()))}
 
     config = FitConfig(
         steps=12, log_every=1, save_every=5, eval_every=4, ema_decay=0.5, optim=OptimConfig(lr=1e-2, kind="adamw")
