@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "smoke.toml"
 
 
-def trivium(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """Start `python -m trivium ...` on one thread and return the process."""
+def trivium(*arguments: str | Path, cwd: Path = ROOT, threads: int = 1) -> subprocess.Popen[str]:
+    """Start `python -m trivium ...` on so many threads (0: as many as it takes by itself) and return the process."""
     command = [sys.executable, "-m", "trivium", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads or ""), "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -88,30 +88,54 @@ def manifest_of(workspace: Path, table: str) -> RunManifest | None:
     return next((m for _, m in list_runs(workspace) if m.table == table), None)
 
 
-@pytest.mark.timeout(600)
-def test_killed_in_every_stage_it_ends_in_the_same_report(smoke: Path, tmp_path: Path) -> None:
-    """SIGKILL once in each stage, at a random instant of it; the last run's report equals the uninterrupted one's."""
-    workspace = tmp_path / "killed"
+def run_with_a_kill_in_every_stage(recipe: Path, workspace: Path, reference: Path, *, threads: int) -> list[str]:
+    """SIGKILL the recipe once in each stage, at a random instant of the time that the reference took for it; then let
+    it come to its end. Return the tables in which the kill found it running.
+    """
     rng = random.Random(0)
+    seconds = {table: manifest.cost.seconds for table, (_, manifest) in latest_runs(reference).items()}
     killed = []
-    for table in TABLES:
-        process = trivium("run", RECIPE, "--workspace", workspace)
+    for spec in load_recipe(recipe).stages:
+        process = trivium("run", recipe, "--workspace", workspace, threads=threads)
         while process.poll() is None:
-            manifest = manifest_of(workspace, table)
-            if manifest is not None:
-                time.sleep(rng.uniform(0.0, 0.8))
+            if manifest_of(workspace, spec.table) is not None:
+                time.sleep(rng.uniform(0.0, 0.9) * seconds[spec.table])
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
-                    killed.append(table)
+                    killed.append(spec.table)
                 break
             time.sleep(0.01)
         process.communicate()
-    assert len(killed) >= len(TABLES) - 2, f"only {killed} were still running when the kill came"
-    code, _, err = finish(trivium("run", RECIPE, "--workspace", workspace))
+    code, _, err = finish(trivium("run", recipe, "--workspace", workspace, threads=threads), timeout=1800)
     assert code == 0, err[-3000:]
-    assert cells(workspace) == cells(smoke)
+    return killed
+
+
+def assert_same_outcome(workspace: Path, reference: Path) -> None:
+    """Every figure of the report and every byte of the exported weights, and nothing left lying about."""
+    assert cells(workspace) == cells(reference)
     assert not list(workspace.rglob("*.tmp"))
     weights = [
-        sha256_file(latest_runs(place)["export"][0] / "model" / "model.safetensors") for place in (workspace, smoke)
+        sha256_file(latest_runs(place)["export"][0] / "model" / "model.safetensors") for place in (workspace, reference)
     ]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.timeout(600)
+def test_killed_in_every_stage_it_ends_in_the_same_report(smoke: Path, tmp_path: Path) -> None:
+    """The last run's report equals the uninterrupted one's."""
+    killed = run_with_a_kill_in_every_stage(RECIPE, tmp_path / "killed", smoke, threads=1)
+    assert len(killed) >= len(TABLES) - 2, f"only {killed} were still running when the kill came"
+    assert_same_outcome(tmp_path / "killed", smoke)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_the_demo_killed_in_every_stage_ends_in_the_same_report(tmp_path: Path) -> None:
+    """The same of `python3 bootstrap.py demo`, at its own size and on all cores: about half an hour on two."""
+    demo, whole = ROOT / "recipes" / "tiny.toml", tmp_path / "whole"
+    code, _, err = finish(trivium("run", demo, "--workspace", whole, threads=0), timeout=1800)
+    assert code == 0, err[-3000:]
+    killed = run_with_a_kill_in_every_stage(demo, tmp_path / "killed", whole, threads=0)
+    assert len(killed) >= len(TABLES) - 2, f"only {killed} were still running when the kill came"
+    assert_same_outcome(tmp_path / "killed", whole)

@@ -6,7 +6,10 @@ The only room that imports `torch.distributed`; a single process needs no proces
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -46,14 +49,31 @@ def device_of(settings: RunSettings) -> torch.device:
 
 
 def compute_dtype(settings: RunSettings) -> torch.dtype:
-    """Return the dtype of the matrix products: bf16 where the hardware multiplies it natively, else fp32."""
+    """Return the dtype of the matrix products: bf16 where this machine multiplies it clearly faster, else fp32."""
     if settings.precision != "auto":
         return torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if device_of(settings).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # oneDNN has fast kernels for both AMX and AVX-512 BF16; without either, bf16 on CPU is emulated and slow.
-    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if _bf16_pays() else torch.float32
+
+
+@functools.cache
+def _bf16_pays() -> bool:
+    """Tell whether this CPU multiplies bf16 matrices at least 1.5 times as fast as fp32 ones.
+
+    What a processor supports does not say it: with AMX bf16 is ten times as fast, with AVX-512 BF16 alone six times on
+    one processor and half as fast on another (docs/LOG.md). Without either it is emulated, and nothing is measured.
+    """
+    if not any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")):
+        return False
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(5):  # in turn, and the best of each: other work on the machine then disturbs both alike
+        for dtype in seconds:
+            matrix = torch.ones(768, 768, dtype=dtype)
+            began = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
+    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
 
 
 def autocast(settings: RunSettings) -> contextlib.AbstractContextManager[object]:

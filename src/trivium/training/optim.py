@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.config import bounds, one_of
+from trivium.training.muon import Muon
 from trivium.training.schedule import ScheduleConfig
 
 
@@ -75,7 +76,7 @@ class Optimizer:
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
         if hidden and config.kind == "muon":
-            muon = torch.optim.Muon(
+            muon = Muon(
                 hidden,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
