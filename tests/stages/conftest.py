@@ -21,8 +21,8 @@ from trivium.records import Completion, Conversation, Message, Ranking, RunManif
 from trivium.runs.events import read_events
 from trivium.runs.manifest import Run
 
-SPEED = "train/tokens_per_s"
-"""The one metric that differs from run to run."""
+SPEEDS = ("train/tokens_per_s", "train/mfu")
+"""The metrics that differ from run to run."""
 
 
 class Folders(types.SimpleNamespace):
@@ -122,7 +122,7 @@ def ask(text: str) -> Conversation:
 def story(run: Run) -> list[tuple[object, ...]]:
     """Return all that a run logged, without the clock and the speed, which no two runs share."""
     events = [*read_events(run.dir), *read_events(run.dir, kind="specimen")]
-    return [(e.step, e.kind, e.name, e.value) for e in events if e.name != SPEED]
+    return [(e.step, e.kind, e.name, e.value) for e in events if e.name not in SPEEDS]
 
 
 def saved_weights(run: Run) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from trivium.runs.manifest import Run
 from trivium.training.checkpoint import resume, save_checkpoint
 from trivium.training.distributed import autocast
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.peak import peak_flops
 from trivium.training.schedule import lr_scale
 from trivium.training.step import B, Objective, StepResult, train_step
 
@@ -108,6 +109,8 @@ def fit(
     checkpoint = resume(run, modules={"model": model}, optimizers={"model": optimizer})
     start = checkpoint.step if checkpoint else 0
     skipped = 0
+    if flops_per_item and tokens_in:
+        run.machine(peak_flops=peak_flops(run.settings))  # before the first step, so that no step waits for it
     with graceful_stop() as stop, run.progress("training", config.steps - start) as advance:
         clock, tokens_since = time.monotonic(), 0
         for step in range(start, config.steps):
@@ -127,6 +130,8 @@ def fit(
             if done % config.log_every == 0 or done == config.steps:
                 rate = tokens_since / max(time.monotonic() - clock, 1e-9)
                 _log(run, result, config.optim.lr * scale, rate, done)
+                if flops_per_item and rate:
+                    run.metric("train/mfu", rate * flops_per_item / peak_flops(run.settings), done)
                 clock, tokens_since = time.monotonic(), 0
             if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
                 model.eval()

@@ -127,6 +127,7 @@ METRICS: dict[str, str] = {
     "train/lr": "Learning rate: the size of the steps, warmed up and then lowered.",
     "train/grad_norm": "Length of the gradient before clipping. Spikes mean that a batch was a shock.",
     "train/tokens_per_s": "Tokens trained per second.",
+    "train/mfu": "Share of the machine's measured matrix-product speed that training uses (model FLOPs utilisation).",
     "train/skipped": "Steps passed over because the gradient was not finite.",
     "train/accuracy": "Share of training pairs in which the chosen answer gets the higher score.",
     "eval/accuracy": "The same share on held-out pairs. 0.5 is a coin.",
