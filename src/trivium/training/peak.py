@@ -48,8 +48,8 @@ def best_seconds(work: Callable[[], object], device: torch.device, trials: int =
         began = time.perf_counter()
         work()
         wait()
-        if trial:
-            shortest = min(shortest, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        shortest = min(shortest, seconds) if trial else shortest
     return max(shortest, 1e-9)
 
 
