@@ -159,7 +159,7 @@ def allocated_peak(work) -> int:
     return peak
 
 
-def test_checkpointing_keeps_inputs_and_one_layer():
+def test_checkpointing_keeps_inputs_and_computes_one_layer_again():
     """By hand, fp32: width 4, a row of 2 tokens, 3 layers. A layer's input is 16 bytes a token."""
     config = dataclasses.replace(BY_HAND, num_hidden_layers=3)
     layer = sum(accounting.layer_activations(config, 2).values())
@@ -167,7 +167,8 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     assert layer == 72 + 32 + (12 * 4 + 8) + 8 + 128
     rest = (2 * 4 + 1) * 4 + 16 + 2 * 4 + 8 + 2
     assert accounting.activation_bytes(config, 1, 2) == 2 * (3 * layer + rest)
-    assert accounting.activation_bytes(config, 1, 2, checkpointing=True) == 2 * (3 * 16 + layer + rest)
+    assert accounting.activation_bytes(config, 1, 2, checkpointing=True) == 2 * (3 * 16 + rest)
+    assert accounting.recomputed_bytes(config, 1, 2) == 2 * (layer + 16 + 2 * 8 * 4)
 
 
 def test_tensor_parallel_ranks_share_what_is_inside_the_blocks():

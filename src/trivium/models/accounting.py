@@ -101,16 +101,27 @@ def activation_bytes(
 ) -> float:
     """Return the bytes kept for the backward pass of one micro-batch, without the logits and the copies of weights.
 
-    With `checkpointing` a layer keeps its input alone, and one layer at a time has all of its activations.
+    With `checkpointing` a layer keeps its input alone; `recomputed_bytes` then come and go, one layer at a time.
     """
     whole = sum(layer_activations(config, context, precision=precision, packed=packed, split=split).values())
-    per_token = config.num_hidden_layers * whole
-    if checkpointing:
-        per_token = config.num_hidden_layers * config.hidden_size * FP32_BYTES + whole
+    kept = config.hidden_size * FP32_BYTES if checkpointing else whole
+    per_token = config.num_hidden_layers * kept
     final = (2 * config.hidden_size + 1) * FP32_BYTES + config.hidden_size * _element_bytes(precision)
     rotary = config.head_size * FP32_BYTES / (1 if packed else rows)
     ids = 8 + (context if packed else 0)  # the token ids, and the mask as booleans
     return rows * context * (per_token + final + rotary + ids)
+
+
+def recomputed_bytes(
+    config: ModelConfig, rows: int, context: int, *, precision: str = "fp32", packed: bool = True, split: int = 1
+) -> float:
+    """Return the bytes of one layer while it is computed again and differentiated, under activation checkpointing.
+
+    All that it keeps, the gradient of the residual stream, and those of gate and up, which exist together.
+    """
+    whole = sum(layer_activations(config, context, precision=precision, packed=packed, split=split).values())
+    gradients = config.hidden_size * FP32_BYTES + 2 * config.intermediate_size * _element_bytes(precision) / split
+    return rows * context * (whole + gradients)
 
 
 def logits_bytes(config: ModelConfig, rows: int, context: int, *, chunk: int = 0, split: int = 1) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trivium.models.accounting import training_flops
 from trivium.models.config import ModelConfig
 
 HEAD_SIZE = 64
@@ -127,3 +128,28 @@ def optimal_weight_decay(lr: float, steps: int, tokens_per_parameter: float) -> 
 def _two_digits(value: float) -> float:
     """Return `value` to two significant digits: more would pretend to a precision that the fits do not have."""
     return float(f"{value:.2g}")
+
+
+def depth_table(depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 20, 32)) -> str:
+    """Return what the dial comes to, as the Markdown table of docs/concepts/depth.md."""
+    heads = "depth, width, heads, parameters, tokens, rows per step, steps, learning rate, decay, FLOPs".split(", ")
+    lines = ["| " + " | ".join(heads) + " |", "|" + " ---: |" * len(heads)]
+    for depth in depths:
+        shape, large = shape_of(depth), depth >= 12
+        context = 2048 if large else 256
+        model = ModelConfig(
+            vocab_size=32768 if large else 4096,
+            hidden_size=shape.hidden_size,
+            intermediate_size=32 * math.ceil(shape.hidden_size * 8 / 3 / 32),
+            num_hidden_layers=depth,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            tie_word_embeddings=True,
+            qk_norm=True,
+        )
+        budget = budget_of(model, context)
+        cost = budget.tokens * training_flops(model, context)
+        cells = [f"{depth}", f"{shape.hidden_size:,}", f"{shape.num_heads}", f"{model.num_parameters() / 1e6:,.1f} M"]
+        cells += [f"{budget.tokens / 1e6:,.0f} M", f"{budget.batch_size}", f"{budget.steps:,}"]
+        lines.append("| " + " | ".join([*cells, f"{budget.lr}", f"{budget.weight_decay}", f"{cost:.1e}"]) + " |")
+    return "\n".join(lines) + "\n"
