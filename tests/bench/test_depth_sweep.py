@@ -40,13 +40,17 @@ def test_each_neighbour_changes_one_thing(sweep):
 
 def test_a_small_sweep_costs_the_same_everywhere_and_is_found_again(sweep, tmp_path, monkeypatch, capsys):
     """Depth 1 for a twentieth of a token per parameter: equal FLOPs to within one step, and a verdict."""
-    words = ["--depths", "1", "--documents", "300", "--context", "32", "--vocab-size", "300", "--threads", "1"]
+    words = ["--depths", "1", "--documents", "150", "--context", "32", "--vocab-size", "300", "--threads", "1"]
     words += ["--tokens-per-parameter", "0.05", "--workspace", str(tmp_path / "runs")]
     words += ["--results", str(tmp_path / "sweep.json"), "--figure", str(tmp_path / "figures" / "sweep.svg")]
+    whole = sweep.neighbours
+    some = ("lr x2", "width x1.25", "batch x2", "layers 2")
+    monkeypatch.setattr(sweep, "neighbours", lambda *of: (v for v in whole(*of) if v.name in some))
     monkeypatch.setattr(sys, "argv", ["depth_sweep.py", *words])
     sweep.main()
     results = json.loads((tmp_path / "sweep.json").read_text())["depths"]["1"]
     assert results["tokens_per_parameter"] == 0.05
+    assert set(results["hand_set"]) == set(some)
     for row in results["hand_set"].values():
         a_step = row["training_flops"] / row["steps"]
         assert row["training_flops"] == pytest.approx(results["training_flops"], abs=a_step)

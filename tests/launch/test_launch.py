@@ -1,4 +1,4 @@
-"""The launch files: shell that parses, YAML with the fields its readers ask for, `trivium run` under torchrun in each."""
+"""The launch files: shell that parses, YAML with the fields its readers ask for, `trivium run` by torchrun in each."""
 
 import os
 import re

@@ -72,6 +72,14 @@ def test_the_budget_is_twenty_tokens_a_parameter_in_whole_steps():
     assert long.batch_size > budget.batch_size
 
 
+def test_a_short_run_has_small_batches_rather_than_few_steps():
+    """Half a million tokens: the fit's 1,040 a step would be 480 steps, so it is 640 a step: ten rows, 781 steps."""
+    model = network()
+    budget = budget_of(model, 64, 5e5 / model.num_parameters())
+    assert (budget.batch_size, budget.steps) == (10, 782)
+    assert budget_of(model, 64).batch_size == round(optimal_batch_tokens(20 * model.num_parameters()) / 64)
+
+
 def test_what_is_given_is_kept_and_the_rest_follows_from_it():
     model = network()
     free = budget_of(model, 64)

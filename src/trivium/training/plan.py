@@ -12,6 +12,7 @@ from typing import Any
 from trivium.models.accounting import (
     FP32_BYTES,
     activation_bytes,
+    cast_bytes,
     logits_bytes,
     parameters,
     recomputed_bytes,
@@ -88,13 +89,18 @@ def memory(config: ModelConfig, layout: Layout) -> dict[str, float]:
     one micro-batch, the activations `kept` for the backward pass and what is `passing`: the logits with their loss or,
     under activation checkpointing and if larger, one layer computed again. Rows are taken to need no stored mask (a
     plain causal one, or a kernel that knows documents). `gathered` are the copies in the compute dtype: with FSDP of
-    the largest unit twice (one computes while the next arrives) and its gradient once; with DDP autocast's copies.
+    the largest unit twice (one computes while the next arrives) and its gradient once; else autocast's copies.
     """
     split, numbers, rows, context = layout.tensor_parallel, config.num_parameters(), layout.rows, layout.context
     passing = logits_bytes(config, rows, context, chunk=layout.loss_chunk, split=split)
     kind: dict[str, Any] = {"precision": layout.precision, "packed": False, "split": split}
     if layout.checkpointing:  # the loss is over when the first layer is computed again
         passing = max(passing, recomputed_bytes(config, rows, context, **kind))
+        if (
+            not layout.sharded
+        ):  # autocast keeps its copies of all layers until the forward pass ends, the logits then out
+            logits = rows * min(layout.loss_chunk or context, context) * config.vocab_size * FP32_BYTES / split
+            passing = max(passing, logits + cast_bytes(config, layout.precision, split=split))
     share = split * (layout.replicas if layout.sharded else 1)
     small = 2 if layout.precision == "bf16" else FP32_BYTES
     return {
@@ -108,15 +114,17 @@ def memory(config: ModelConfig, layout: Layout) -> dict[str, float]:
 
 
 def _gathered_bytes(config: ModelConfig, layout: Layout, small: int) -> float:
+    """Return the bytes of the weights' copies in the compute dtype that exist throughout the backward pass."""
     counts, split = parameters(config), layout.tensor_parallel
     inside = (counts["attention"] + counts["mlp"]) / split
     outside = (counts["embedding"] + counts["head"]) / split
-    if not layout.sharded:
-        return small * (inside + config.vocab_size * config.hidden_size / split) if small < FP32_BYTES else 0.0
-    if layout.replicas == 1:
-        return small * (inside + outside) if small < FP32_BYTES else 0.0
     unit = inside / max(1, config.num_hidden_layers)
-    return small * (2 * max(unit, outside) + max(unit, outside))
+    if layout.sharded and layout.replicas > 1:
+        return small * 3 * max(unit, outside)
+    if small == FP32_BYTES:
+        return 0.0
+    head = config.vocab_size * config.hidden_size / split
+    return small * (head + (unit if layout.checkpointing else inside))
 
 
 def communication(config: ModelConfig, layout: Layout) -> dict[str, float]:
