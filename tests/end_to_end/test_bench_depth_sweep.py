@@ -38,6 +38,7 @@ def test_each_neighbour_changes_one_thing(sweep):
         assert variant.shape == shape or name.startswith(("width", "layers"))
 
 
+@pytest.mark.slow  # five trainings and a figure
 def test_a_small_sweep_costs_the_same_everywhere_and_is_found_again(sweep, tmp_path, monkeypatch, capsys):
     """Depth 1 for a twentieth of a token per parameter: equal FLOPs to within one step, and a verdict."""
     words = ["--depths", "1", "--documents", "150", "--context", "32", "--vocab-size", "300", "--threads", "1"]
