@@ -13,6 +13,7 @@ import errno
 import importlib
 import inspect
 import re
+import signal
 import tomllib
 import types
 import typing
@@ -57,12 +58,12 @@ class Waiting(UserError):
 
 
 class Stopped(UserError):
-    """A signal stopped the work; what is finished is kept and the same command goes on from there."""
+    """A signal or the time limit stopped the work; what is finished is kept and the same command goes on from there."""
 
     def __init__(self, number: int, what: str) -> None:
-        """Say what was reached; the exit code is the shell's for signal `number`."""
+        """Say what was reached; the exit code is the shell's for signal `number`, or 4 for the time limit's SIGALRM."""
         super().__init__(f"stopped{what}; run the same command again to go on")
-        self.exit_code = 128 + number
+        self.exit_code = 4 if number == signal.SIGALRM else 128 + number
 
 
 class DiskFull(UserError):
@@ -109,13 +110,17 @@ class RunSettings:
     """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
     """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
+    compile: str = "auto"
+    """Whether pretrain and sft compile the network's layers (torch.compile): `on`, `off`, or `auto`: on a GPU only."""
     strict: bool = False
     """Whether a malformed input line is fatal instead of counted."""
+    time_limit_s: float = 0.0
+    """Wall-clock seconds after which the command saves a checkpoint and ends with exit code 4; 0 means no limit."""
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16"))
-        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1))
+        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"))
+        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None))
 
 
 @dataclass(frozen=True, kw_only=True)

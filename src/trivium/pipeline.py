@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import signal
 import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -51,6 +50,7 @@ from trivium.runs.manifest import (
 )
 from trivium.runs.registry import latest_runs, resolve
 from trivium.training.distributed import compute_dtype, setup
+from trivium.training.stopping import stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def run_recipe(
     """Run the recipe's stages in order and return the manifest of each table that is done.
 
     `only` limits the work to these tables (their parents must be done). Raises UserError for every foreseeable
-    mistake, Waiting when people have rankings to give, Stopped on SIGTERM.
+    mistake, Waiting when people have rankings to give, Stopped on SIGTERM and at the time limit.
     """
     workspace = (workspace or Path("runs") / recipe.settings.name).resolve()
     unknown = set(only) - {spec.table for spec in recipe.stages}
@@ -123,7 +123,7 @@ def run_recipe(
     validated = configs(recipe, overrides)
     done: dict[str, RunManifest] = {}
     _check_references(recipe, validated, workspace, only)
-    with _lock(workspace), _terminating():
+    with _lock(workspace), stoppable(recipe.settings.time_limit_s):
         setup(recipe.settings)
         for spec in recipe.stages:
             if only and spec.table not in only:
@@ -284,9 +284,12 @@ def _carry_out(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
             return previous
         _say(f"{plan.spec.table}: {damage}, so it runs again")
         shutil.rmtree(plan.folder)
-    elif previous is not None and (plan.folder / "checkpoints").is_dir():
-        _say(f"{plan.spec.table}: was {previous.status}, resumes ({previous.run_id})")
-        plan = replace(plan, manifest=replace(plan.manifest, started_at=previous.started_at, cost=previous.cost))
+    elif (plan.folder / "checkpoints").is_dir():
+        # Checkpoints know which run they are of, so a manifest that was damaged does not cost the work.
+        was = previous.status if previous else "left without a manifest that can be read"
+        _say(f"{plan.spec.table}: was {was}, resumes ({plan.manifest.run_id})")
+        if previous:
+            plan = replace(plan, manifest=replace(plan.manifest, started_at=previous.started_at, cost=previous.cost))
     else:
         if plan.folder.exists():
             shutil.rmtree(plan.folder)
@@ -376,24 +379,6 @@ def _lock(workspace: Path) -> Iterator[None]:
                 f"another trivium process works in {workspace}; wait for it or name another --workspace"
             ) from None
         yield
-
-
-@contextlib.contextmanager
-def _terminating() -> Iterator[None]:
-    """Turn SIGTERM into Stopped, so that it leaves by the same door as Ctrl-C."""
-
-    def stop(*_: object) -> None:
-        raise Stopped(signal.SIGTERM, " by SIGTERM")
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the embedding program owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

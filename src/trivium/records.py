@@ -171,12 +171,12 @@ class EvalResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One line of a run's log: a metric's value at a step, or a sample of text."""
+    """One line of a run's log: a metric's value at a step, a sample of text, or a notice of something unusual."""
 
     run_id: str
     step: int
     time: float
-    kind: Literal["metric", "sample", "specimen"]
+    kind: Literal["metric", "sample", "notice", "specimen"]
     name: str
     value: Any
 

@@ -26,7 +26,7 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s#]+)")
 ABOUT = {
     "bootstrap.py": "sets up and runs: demo, test, check; standard library only (the Makefile delegates)",
     "recipes": "one TOML per scale and purpose; the order of its tables is the pipeline",
-    "tests": "mirrors src/trivium, plus architecture/ and end_to_end/",
+    "tests": "mirrors src/trivium, plus architecture/, end_to_end/ and faults/ (killed, cut, full)",
     "launch": "files that start a recipe on many GPUs: Slurm, Kubernetes, SkyPilot",
     "bench": "side-by-side benchmarks; never run by the tests",
     "docs": "design, one page per subject, decisions/, LOG.md",

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium.batches import IGNORE
+from trivium.losses import cross_entropy as module
 from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy
 
 
@@ -72,22 +74,76 @@ def test_a_batch_split_into_micro_batches_gives_the_same_gradient(splits):
     assert (gradient(splits) - whole).norm() / whole.norm() < 1e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 100])
-def test_chunked_head_equals_full_in_value_and_gradient(chunk):
-    generator = torch.Generator().manual_seed(5)
+def head_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(2, 7, 6, generator=generator), torch.randn(11, 6, generator=generator)
     targets = torch.randint(0, 11, (2, 7), generator=generator)
     targets[1, 4:] = IGNORE
-    outcomes = []
-    for full in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = cross_entropy(h @ w.T, targets, 1e-3) if full else head_cross_entropy(h, w, targets, chunk, 1e-3)
-        loss.sum().backward()
-        outcomes.append((loss.detach(), h.grad, w.grad))
-    for full, chunked in zip(*outcomes, strict=True):
-        assert torch.allclose(full, chunked, atol=5e-6)
+    return hidden, weight, targets
+
+
+def outcome(loss_of, hidden, weight, factors=None):
+    """Losses and the gradients of their sum, or of their sum with factors."""
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_of(h, w)
+    (loss if factors is None else loss * factors).sum().backward()
+    return loss.detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("same_factor", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 100])
+def test_chunked_head_equals_full_in_value_and_gradient(chunk, same_factor):
+    """Also where the losses are weighted, for which the gradients cannot be known in the forward pass."""
+    hidden, weight, targets = head_case(5)
+    factors = None if same_factor else torch.rand(2, 7, generator=torch.Generator().manual_seed(6))
+    full = outcome(lambda h, w: cross_entropy(h @ w.T, targets, 1e-3), hidden, weight, factors)
+    chunked = outcome(lambda h, w: head_cross_entropy(h, w, targets, 1e-3, chunk=chunk), hidden, weight, factors)
+    for expected, found in zip(full, chunked, strict=True):
+        assert torch.allclose(expected, found, atol=5e-6)
+
+
+def test_chunks_under_autocast_are_as_near_to_fp32_as_the_whole():
+    """bf16 products with fp32 sums: the error is the rounding of the inputs, not of the number of chunks."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = torch.randn(1, 512, 16, generator=generator), torch.randn(32, 16, generator=generator) / 4
+    targets = torch.randint(0, 32, (1, 512), generator=generator)
+    exact = outcome(lambda h, w: cross_entropy(h @ w.T, targets), hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunked = outcome(lambda h, w: head_cross_entropy(h, w, targets, chunk=2), hidden, weight)
+    assert chunked[0].dtype == torch.float32
+    for expected, found in zip(exact, chunked, strict=True):
+        assert (found - expected).norm() / expected.norm() < 1e-2  # bf16 has 8 bits: 0.4% a number
+
+
+def test_small_logits_take_the_plain_path_and_large_ones_never_exist(monkeypatch):
+    hidden, weight, targets = head_case(8)
+    plain = cross_entropy(functional.linear(hidden, weight), targets)
+    assert torch.equal(head_cross_entropy(hidden, weight, targets), plain)
+    monkeypatch.setattr(module, "PLAIN_BYTES", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES_CPU", 3 * 4 * 11)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max(largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with Watch():
+        chunked = outcome(lambda h, w: head_cross_entropy(h, w, targets), hidden, weight)
+    assert (
+        largest == 2 * 7 * 6
+    )  # the hidden states themselves: more than three positions' 33 logits, or the weight's 66
+    assert torch.allclose(chunked[0], plain, atol=1e-6)
+
+
+def test_a_batch_with_nothing_to_train_has_no_loss_and_no_gradient_in_chunks_either():
+    hidden, weight, targets = head_case(9)
+    found = outcome(lambda h, w: head_cross_entropy(h, w, torch.full_like(targets, IGNORE), chunk=2), hidden, weight)
+    assert all((tensor == 0).all() for tensor in found)
 
 
 def test_a_chunk_of_zero_is_refused():
     with pytest.raises(ValueError, match="chunk 0"):
-        head_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(3, 2), torch.zeros(1, 1, dtype=torch.long), 0)
+        head_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(3, 2), torch.zeros(1, 1, dtype=torch.long), chunk=0)

@@ -1,4 +1,4 @@
-"""The four families, tiny and random, in both implementations."""
+"""The five families, tiny and random, in both implementations."""
 
 from __future__ import annotations
 
@@ -35,10 +35,20 @@ FAMILIES = {
             "original_max_position_embeddings": 32,
         }
     },
+    "llama-yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "max_position_embeddings": 64,
+    },
     "qwen2": {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen3": {"qk_norm": True, "head_dim": 16},
     "qwen3-window": {"qk_norm": True, "sliding_window": 5},
+    "qwen2-mixed-windows": {
+        "attention_bias": True,
+        "sliding_window": 5,
+        "layer_types": ("full_attention", "sliding_attention", "full_attention"),
+    },
     "mistral": {"sliding_window": 7},
+    "olmo2": {"post_norm": True, "rms_norm_eps": 1e-5},
 }
 
 
@@ -69,10 +79,13 @@ def _reference(model: Transformer):
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
     }[config.model_type]
     extra = {}
-    if config.sliding_window and config.model_type == "qwen3":
+    if config.sliding_window and config.model_type in ("qwen2", "qwen3"):
         extra = {"use_sliding_window": True, "max_window_layers": 0}
+    if config.layer_types:
+        extra["layer_types"] = list(config.layer_types)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     theirs = model_class(
         config_class(

@@ -177,6 +177,9 @@ def test_tensor_parallel_ranks_share_what_is_inside_the_blocks():
     assert all(half[name] == whole[name] for name in ("norms", "projection_inputs", "mask"))
 
 
-def test_a_chunked_loss_holds_a_chunk_of_logits():
-    whole, chunked = (accounting.logits_bytes(SHAPES[1], 2, 64, chunk=chunk) for chunk in (0, 8))
-    assert whole - 2 * 64 * 13 == 8 * (chunked - 2 * 64 * 13)
+def test_a_chunked_loss_by_hand():
+    """10 tokens of vocabulary, width 4, 2 rows of 3: a block of 2 positions, the gradients, 13 bytes a position."""
+    assert accounting.logits_bytes(BY_HAND, 2, 3) == 6 * (10 * 4 * 5 + 13)
+    assert accounting.logits_bytes(BY_HAND, 2, 3, chunk=2) == 2 * 10 * 4 + 2 * 10 * 4 * 4 + 6 * 4 * 4 + 6 * 13
+    bf16 = accounting.logits_bytes(BY_HAND, 2, 3, chunk=2, precision="bf16")
+    assert bf16 == 2 * 10 * 6 + 2 * 10 * 4 * 4 + 6 * 4 * 2 + 6 * 13

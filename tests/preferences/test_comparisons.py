@@ -38,6 +38,13 @@ def test_pairs_and_groups_say_what_the_ranks_say(levels):
         assert min(group.ranks) == 0
 
 
+def test_what_completions_are_called_does_not_order_them():
+    """An id hashes the policy's run; another setting of that run must not change what a reward model learns."""
+    (group,) = ranked_groups([make("ca", "b")])
+    (renamed,) = ranked_groups([make("xz", "y")])
+    assert [dict(c="x", a="z", b="y")[name] for name in group.completion_ids] == list(renamed.completion_ids)
+
+
 def test_comparison_records_carry_their_ranking():
     prompt = Conversation(messages=(Message(role="user", content="hi"),))
     a, b = (Completion(prompt_id=prompt.id, text=t) for t in "ab")

@@ -21,8 +21,8 @@ from trivium.records import Completion, Conversation, Message, Ranking, RunManif
 from trivium.runs.events import read_events
 from trivium.runs.manifest import Run
 
-SPEEDS = ("train/tokens_per_s", "train/mfu")
-"""The metrics that differ from run to run."""
+CLOCK = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
+"""The metrics that measure time, and so differ from run to run."""
 
 
 class Folders(types.SimpleNamespace):
@@ -120,9 +120,9 @@ def ask(text: str) -> Conversation:
 
 
 def story(run: Run) -> list[tuple[object, ...]]:
-    """Return all that a run logged, without the clock and the speed, which no two runs share."""
+    """Return all that a run logged, without the clock and what it measures, which no two runs share."""
     events = [*read_events(run.dir), *read_events(run.dir, kind="specimen")]
-    return [(e.step, e.kind, e.name, e.value) for e in events if e.name not in SPEEDS]
+    return [(e.step, e.kind, e.name, e.value) for e in events if e.name not in CLOCK]
 
 
 def saved_weights(run: Run) -> dict[str, torch.Tensor]:

@@ -194,10 +194,17 @@ def test_depth_derives_what_the_recipe_leaves_open(
     assert (kept.hidden_size, kept.num_layers, kept.num_heads, kept.fit.steps) == (128, 4, 2, 100)
     assert (kept.fit.optim.lr, kept.depth, kept.given) == (0.005, 0, ())
     assert kept.fit.log_every == FitConfig().log_every
+    flat = build(pretrain.Config, {"depth": 2, "num_layers": 5}, where="here")
+    assert shape(pretrain.resolve(flat, tiny_tokenizer, make("flat"))) == (128, 5, 2), "width is the dial's"
     summary = run.finish("done").summary
     assert summary["given"] == ["fit.optim.lr", "fit.steps", "hidden_size"]
     assert summary["resolved"]["steps"] == 100
     assert summary["resolved"]["batch_size"] == kept.fit.batch_size
+
+
+def shape(config: pretrain.Config) -> tuple[int, int, int]:
+    """Return width, layers and heads."""
+    return config.hidden_size, config.num_layers, config.num_heads
 
 
 def test_a_run_by_depth_is_the_run_with_its_numbers_set_by_hand(make: Make, tiny_tokenizer: Tokenizer) -> None:

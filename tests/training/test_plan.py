@@ -74,13 +74,13 @@ def test_the_memory_of_a_step_on_one_device_is_the_formula_within_a_tenth(optimi
 
 
 def test_the_memory_of_a_chunked_loss_is_the_formula_within_a_tenth():
-    """With 6,000 tokens of vocabulary the logits are most of a step; by chunks of 16 of 64 positions they are not."""
+    """With 6,000 tokens of vocabulary the logits are most of a step; 64 of 512 positions at a time they are not."""
     layout = Layout(gpus=1, rows=8, context=64, sharded=False, checkpointing=False, precision="fp32")
-    whole, chunked = layout, dataclasses.replace(layout, loss_chunk=16)
+    whole, chunked = layout, dataclasses.replace(layout, loss_chunk=64)
     sizes = [sum(memory(WIDE_VOCABULARY, each).values()) for each in (whole, chunked)]
     assert sizes[0] == pytest.approx(measure(WIDE_VOCABULARY, whole, whole_loss), rel=0.1)
     assert sizes[1] == pytest.approx(measure(WIDE_VOCABULARY, chunked, chunked_loss), rel=0.1)
-    assert sizes[1] < 0.6 * sizes[0]
+    assert sizes[1] < 0.4 * sizes[0]
 
 
 def whole_loss(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def whole_loss(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
 
 
 def chunked_loss(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    return head_cross_entropy(model(ids), model.lm_head.weight, ids, 16).sum()
+    return head_cross_entropy(model(ids), model.lm_head.weight, ids, chunk=64).sum()
 
 
 class Recomputed(nn.Module):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from trivium.batches import IGNORE
+
+PLAIN_BYTES = 32 * 2**20
+"""Logits of up to so many bytes are formed all at once."""
+CHUNK_BYTES_CPU = 2 * 2**20
+"""Above that, so many at a time: they stay in a core's cache (docs/LOG.md)."""
+CHUNK_BYTES = 256 * 2**20
+"""The same on an accelerator, where it bounds memory only."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -27,18 +35,80 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tenso
     return torch.where(targets != IGNORE, loss, 0.0)
 
 
-def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, z_loss: float = 0.0) -> Tensor:
-    """Return `cross_entropy(hidden @ weight.T, targets, z_loss)` while holding only `chunk` positions' logits at once.
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, *, chunk: int | None = None
+) -> Tensor:
+    """Return `cross_entropy(hidden @ weight.T, targets, z_loss)` without holding the logits of all positions at once.
 
-    `hidden` [B, T, H], `weight` [V, H], result fp32 [B, T]. Each chunk's logits are computed again in the backward
-    pass, so memory is B * chunk * V instead of B * T * V. Raises ValueError for a chunk below 1.
+    `hidden` [B, T, H], `weight` [V, H], result fp32 [B, T]. `chunk` positions are worked on at a time; by default all,
+    where their logits take at most PLAIN_BYTES, else as many as CHUNK_BYTES hold. Positions to IGNORE cost nothing in
+    chunks. Raises ValueError for a chunk below 1.
     """
+    if chunk is None:
+        bytes_per_position = 4 * weight.shape[0]
+        if targets.numel() * bytes_per_position <= PLAIN_BYTES:
+            return cross_entropy(linear(hidden, weight), targets, z_loss)
+        room = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
+        chunk = max(1, room // bytes_per_position)
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1 position")
+    trained = targets != IGNORE
+    losses: Tensor = _HeadLoss.apply(hidden[trained], weight, targets[trained], z_loss, chunk)  # type: ignore[no-untyped-call]
+    return torch.zeros(targets.shape, device=losses.device).masked_scatter(trained, losses)
 
-    def piece(part: Tensor, weight: Tensor, goal: Tensor) -> Tensor:
-        return cross_entropy(part @ weight.T, goal, z_loss)
 
-    pairs = zip(torch.split(hidden, chunk, dim=1), torch.split(targets, chunk, dim=1), strict=True)
-    pieces = [cast(Tensor, checkpoint(piece, part, weight, goal, use_reentrant=False)) for part, goal in pairs]
-    return torch.cat(pieces, dim=1)
+class _HeadLoss(torch.autograd.Function):
+    """Losses of N positions; the gradients are computed beside them, while a chunk's logits are at hand.
+
+    That needs to know what each loss will be multiplied with. Objectives sum them, so the gradients are computed for 1
+    and multiplied in the backward pass; where the factors turn out to differ, everything is computed again with them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.z_loss, ctx.chunk, ctx.dtype = z_loss, chunk, dtype
+        wanted = any(ctx.needs_input_grad[:2])
+        losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted)
+        ctx.save_for_backward(hidden, weight, targets, *gradients)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, for_hidden, for_weight = ctx.saved_tensors
+        if len(factors) and bool((factors == factors[0]).all()):
+            for_hidden, for_weight = for_hidden * factors[0], for_weight * factors[0]
+        elif len(factors):
+            parts = hidden.to(ctx.dtype), weight.to(ctx.dtype), targets
+            _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True)
+        return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype), None, None, None
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, factors: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses fp32 [N] and, where wanted, the gradients of their sum (times `factors`): [N, H], fp32 [V, H]."""
+    losses = torch.empty(len(targets), device=hidden.device)
+    for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
+    for_weight = torch.zeros(weight.shape if wanted else 0, device=weight.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            goal = targets[part, None]
+            scores = (hidden[part] @ weight.T).float()
+            top = scores.amax(-1, keepdim=True)
+            picked = scores.gather(1, goal)
+            shares = scores.sub_(top).exp_()  # in place: one block of memory serves the whole chunk
+            total = shares.sum(-1, keepdim=True)
+            normaliser = total.log() + top
+            losses[part] = (normaliser - picked + z_loss * normaliser.square())[:, 0]
+            if wanted:
+                # d loss / d z = softmax(z) (1 + 2 z_loss logsumexp(z)) - onehot(y)
+                slope = shares.mul_((1 + 2 * z_loss * normaliser) / total).scatter_add_(1, goal, -torch.ones_like(top))
+                slope = (slope if factors is None else slope.mul_(factors[part, None])).to(hidden.dtype)
+                for_hidden[part] = slope @ weight
+                # Summed in fp32: thousands of chunks in bf16 would lose the small ones.
+                for_weight += slope.T @ hidden[part]
+    return losses, for_hidden, for_weight

@@ -124,13 +124,22 @@ def recomputed_bytes(
     return rows * context * (whole + gradients)
 
 
-def logits_bytes(config: ModelConfig, rows: int, context: int, *, chunk: int = 0, split: int = 1) -> float:
-    """Return the bytes of the logits and their loss at the peak; `chunk` positions of each row at once (0: all).
+def logits_bytes(
+    config: ModelConfig, rows: int, context: int, *, chunk: int = 0, precision: str = "fp32", split: int = 1
+) -> float:
+    """Return the bytes of the logits and their loss at the peak; `chunk` positions of the micro-batch at once (0: all).
 
-    fp32 whatever the precision; the logits, LOSS_COPIES of their size, and a few numbers per position.
+    All at once: the fp32 logits, LOSS_COPIES of their size, and a few numbers per position. In chunks
+    (losses/cross_entropy.py) the gradients are made beside the loss: one fp32 block of logits (and its copy in the
+    compute dtype), and the output layer's gradient twice: the sum, and what is being added to it or scaled from it.
     """
-    positions = rows * min(chunk or context, context)
-    return positions * config.vocab_size * FP32_BYTES * (1 + LOSS_COPIES) / split + rows * context * 13
+    positions, vocabulary = rows * context, config.vocab_size / split
+    if not chunk:
+        return positions * (vocabulary * FP32_BYTES * (1 + LOSS_COPIES) + 13)
+    small = _element_bytes(precision)
+    block = min(chunk, positions) * vocabulary * (FP32_BYTES + (small if small < FP32_BYTES else 0))
+    gradients = 2 * vocabulary * config.hidden_size * FP32_BYTES + positions * config.hidden_size * small
+    return block + gradients + positions * 13
 
 
 def cast_bytes(config: ModelConfig, precision: str, *, split: int = 1) -> float:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trivium.models.config import ModelConfig, ModelError
+from trivium.models.families import read_config, write_config
 from trivium.models.heads import ScalarModel
 from trivium.models.transformer import Transformer
 from trivium.records import atomic_write, fsync_folder
@@ -48,7 +49,7 @@ def save_model(
     if config.tie_word_embeddings and not scalar:
         del tensors["lm_head.weight"]
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    written = config.to_hf("ForSequenceClassification" if scalar else "ForCausalLM", dtype)
+    written = write_config(config, "ForSequenceClassification" if scalar else "ForCausalLM", dtype)
     if extra:
         written[EXTRA] = dict(extra)
     generation = {
@@ -106,7 +107,7 @@ def load_scalar_model(
 
 def load_config(folder: Path) -> ModelConfig:
     """Return the shape of the model in a folder, without reading its weights."""
-    return ModelConfig.from_hf(_read_json(Path(folder) / CONFIG))
+    return read_config(_read_json(Path(folder) / CONFIG))
 
 
 def read_extra(folder: Path) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """The network: a decoder-only transformer whose parameter names are Hugging Face's, so a folder is the same for both.
 
-Per layer `x += attention(norm(x)); x += mlp(norm(x))`, with RMSNorm (1910.07467), rotary positions (2104.09864),
-grouped queries (2305.13245) and SwiGLU (2002.05202). Left out: dropout, learned positions, mixtures of experts.
+Per layer `x += attention(norm(x)); x += mlp(norm(x))`, or the norms after (OLMo 2), with RMSNorm (1910.07467), rotary
+positions (2104.09864), grouped queries (2305.13245) and SwiGLU (2002.05202). Left out: dropout, learned positions,
+mixtures of experts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivium.models.attention import Seen, attend, who_sees_whom
 from trivium.models.config import ModelConfig
+from trivium.models.rope import attention_factor, inverse_frequencies
 
 
 class KVCache:
@@ -79,6 +84,14 @@ class RMSNorm(nn.Module):
         return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
+class ProjectionNorm(RMSNorm):
+    """RMSNorm over all heads of a position at once: x is [..., heads, head_dim], the weight heads * head_dim long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x normalised, in its own shape and dtype."""
+        return super().forward(x.flatten(-2)).view(x.shape)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries and rotary positions."""
 
@@ -87,7 +100,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_size
-        self.grouped = config.kv_heads != config.num_attention_heads
         width, queries, keys = (
             config.hidden_size,
             config.num_attention_heads * self.head_dim,
@@ -97,11 +109,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        elif config.post_norm:
+            self.q_norm, self.k_norm = (ProjectionNorm(size, config.rms_norm_eps) for size in (queries, keys))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Return what each position of x [B, T, H] gathered from those it sees; no mask means causal."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen, cache: KVCache | None) -> Tensor:
+        """Return what each position of x [B, T, H] gathered from those it sees."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
         if self.q_norm is not None and self.k_norm is not None:
@@ -109,10 +125,7 @@ class Attention(nn.Module):
         q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # A single new position sees everything before it, so without a mask it needs no causal one either.
-        causal = mask is None and q.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
         return out
 
 
@@ -133,19 +146,28 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each on a normalised copy and added back."""
+    """Attention, then MLP, each on a normalised copy and added back; with `post_norm` their results are normalised."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Make the layer at index `layer`."""
         super().__init__()
+        self.post_norm = config.post_norm
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not self.post_norm:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Before the MLP, or, as Hugging Face names them for OLMo 2 too, after the attention and after the MLP.
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.post_norm:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Seen, cache: KVCache | None) -> Tensor:
         """Return the residual stream after this layer, [B, T, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, rope, seen, cache))
+            after: Tensor = x + self.post_feedforward_layernorm(self.mlp(x))
+            return after
+        x = x + self.self_attn(self.input_layernorm(x), rope, seen, cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -162,6 +184,18 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Not a buffer: `.to(bfloat16)` must not touch it, in bfloat16 neighbouring positions become one.
         self._inverse_frequencies = {torch.device("cpu"): inverse_frequencies(config)}
+        self._attention_factor = attention_factor(config)
+        self._compiled = False
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each layer for training; in evaluation mode, and with a cache, the layers run as written.
+
+        All layers share one compiled program, and so do all steps whose rows have one length. Sampling changes its
+        lengths with every token and would compile without end. `options` are torch.compile's.
+        """
+        for layer in self.layers:
+            layer.compile(**options)
+        self._compiled = True
 
     def forward(
         self,
@@ -177,18 +211,25 @@ class Decoder(nn.Module):
         length = input_ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]
-        mask = visibility(
-            length,
-            past,
-            input_ids.device,
-            self.config.sliding_window,
-            document_ids=document_ids,
-            attention_mask=attention_mask,
-        )
+        seen = {
+            window: who_sees_whom(
+                length,
+                past,
+                input_ids.device,
+                window,
+                dtype=self._compute_dtype(input_ids.device),
+                head_dim=self.config.head_size,
+                document_ids=document_ids,
+                attention_mask=attention_mask,
+            )
+            for window in dict.fromkeys(self.config.windows)
+        }
         rope = self.rope(positions)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+        as_written = self._compiled and (cache is not None or not self.training)
+        with torch.compiler.set_stance("force_eager") if as_written else contextlib.nullcontext():
+            for layer, window in zip(self.layers, self.config.windows, strict=True):
+                x = layer(x, rope, seen[window], cache)
         if cache is not None:
             cache.length += length
         out: Tensor = self.norm(x)
@@ -201,7 +242,15 @@ class Decoder(nn.Module):
             self._inverse_frequencies[device] = self._inverse_frequencies[torch.device("cpu")].to(device)
         # An elementwise product: a matrix product would be lowered to bfloat16 by autocast.
         angles = positions[..., None, None].float() * self._inverse_frequencies[device]
-        return angles.cos(), angles.sin()
+        if self._attention_factor == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Return the dtype of queries and keys: the weights', unless autocast lowers it."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.embed_tokens.weight.dtype
 
 
 class Transformer(nn.Module):
@@ -238,7 +287,8 @@ class Transformer(nn.Module):
         """Return the final hidden states [B, T, hidden_size]; `logits` turns them (or some of them) into scores.
 
         `input_ids`: int64 [B, T]. `positions`: int64 [B, T] or [1, T], by default counted from the cache's length on.
-        `document_ids`: int64 [B, T], a position then sees only its own document (not together with a cache).
+        `document_ids`: int64 [B, T], a position then sees only its own document, whose tokens stand together (not with
+        a cache).
         `attention_mask`: [B, cached + T], false or 0 at padding, which nobody sees. Right-padded rows need none: under
         the causal mask a pad cannot influence what stands before it.
         """
@@ -289,60 +339,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [B, T, heads, head_dim] with pair (i, i + head_dim/2) turned by its position's angle i, in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Return RoPE's angle per position of each pair, float32 [head_dim / 2] on the CPU, scaling included."""
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu") / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling or {"rope_type": "default"}
-    return _ROPE_SCALINGS[scaling["rope_type"]](frequencies, dict(scaling))
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
-    """Slow pairs are slowed further by `factor`, fast ones kept, those between blended (Llama 3.1)."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
-
-
-_ROPE_SCALINGS: dict[str, Callable[[Tensor, dict[str, float]], Tensor]] = {
-    "default": lambda frequencies, scaling: frequencies,
-    "linear": lambda frequencies, scaling: frequencies / scaling["factor"],
-    "llama3": _llama3_frequencies,
-}
-
-
-def visibility(
-    length: int,
-    past: int,
-    device: torch.device,
-    window: int | None,
-    *,
-    document_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor | None:
-    """Return who sees whom, bool [B or 1, 1, length, past + length], or None where plain causal attention says it all.
-
-    Worked example, two packed documents a b | c d e: row d is `0 0 1 1 0`. A padded position sees itself, for a
-    softmax over nothing is not a number; what it computes is never used.
-    """
-    total = past + length
-    window = None if window is None or window >= total else window
-    if document_ids is not None and past:
-        raise ValueError("Packed documents and a cache exclude each other: a cache continues one document per row.")
-    plain = document_ids is None and attention_mask is None and window is None
-    if plain and (past == 0 or length == 1):
-        return None
-    if length == 1 and window is None and attention_mask is not None:
-        return attention_mask.bool()[:, None, None, :]
-    distance = torch.arange(past, total, device=device)[:, None] - torch.arange(total, device=device)
-    mask = (distance >= 0)[None]
-    if window is not None:
-        mask = mask & (distance < window)
-    if document_ids is not None:
-        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
-    if attention_mask is not None:
-        mask = (mask & attention_mask.bool()[:, None, :]) | (distance == 0)
-    return mask[:, None]

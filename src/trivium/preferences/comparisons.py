@@ -63,7 +63,8 @@ def ranked_groups(rankings: Iterable[Ranking]) -> list[RankedGroup]:
     for ranking in rankings:
         if len(ranking.groups) < 2:
             continue
-        placed = [(name, rank) for rank, group in enumerate(ranking.groups) for name in sorted(group)]
+        # A tie stays in the order it was given in: sorted by id, sums would round by the name of the policy's run.
+        placed = [(name, rank) for rank, group in enumerate(ranking.groups) for name in group]
         groups.append(
             RankedGroup(
                 prompt_id=ranking.prompt_id,

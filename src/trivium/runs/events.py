@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,10 @@ class EventLog:
         """Record something to look at as the run goes on (a generated text, say)."""
         self._append("sample", name, value, step)
 
+    def notice(self, name: str, value: Any, step: int) -> None:
+        """Record something unusual: a step passed over, a damaged checkpoint."""
+        self._append("notice", name, value, step)
+
     def specimen(self, name: str, value: Any, step: int = 0) -> bool:
         """Keep one specimen for the walkthrough; returns False once MAX_SPECIMENS of this name are kept."""
         if self._counts.get(name, 0) >= MAX_SPECIMENS:
@@ -50,7 +55,7 @@ class EventLog:
         self._write(self._specimens, "specimen", name, value, step)
         return True
 
-    def _append(self, kind: Literal["metric", "sample"], name: str, value: Any, step: int) -> None:
+    def _append(self, kind: Literal["metric", "sample", "notice"], name: str, value: Any, step: int) -> None:
         self._write(self._events, kind, name, value, step)
 
     def _write(self, file: Any, kind: Any, name: str, value: Any, step: int) -> None:
@@ -64,11 +69,20 @@ class EventLog:
         return {"events": self._events.tell(), "specimens": self._specimens.tell()}
 
     def truncate(self, offsets: dict[str, int]) -> None:
-        """Cut both files back to `offsets` (what a checkpoint stored)."""
+        """Cut both files back to `offsets` (what a checkpoint stored); a file that is shorter stays and is named."""
         for file, key in ((self._events, "events"), (self._specimens, "specimens")):
-            file.truncate(offsets[key])
-            file.seek(offsets[key])
+            length = file.seek(0, os.SEEK_END)
+            if length < offsets[key]:
+                # Never lengthened: that would fill the gap with NUL bytes, which no reader takes.
+                print(f"{file.name}: {offsets[key] - length} bytes are missing; the log has a gap", file=sys.stderr)
+            file.truncate(min(length, offsets[key]))
+            file.seek(0, os.SEEK_END)
         self._recount()
+
+    def sync(self) -> None:
+        """Make both files durable: a checkpoint that outlives a power cut must not remember more than they hold."""
+        for file in (self._events, self._specimens):
+            os.fsync(file.fileno())
 
     def _recount(self) -> None:
         self._counts = {}

@@ -82,7 +82,10 @@ class Run:
         self.workspace = workspace
         self.settings = settings
         self.base = base
+        self.keep_checkpoints = False
+        """Whether the checkpoints stay when the run is done (a stage's wish)."""
         self.dir.mkdir(parents=True, exist_ok=True)
+        _sweep(self.dir)
         self.events = EventLog(folder, manifest.run_id)
         self._results: list[EvalResult] = []
         self._summary: dict[str, Any] = {}
@@ -128,6 +131,10 @@ class Run:
     def sample(self, name: str, value: Any, step: int) -> None:
         """Record something to look at along the way."""
         self.events.sample(name, value, step)
+
+    def notice(self, name: str, value: Any, step: int) -> None:
+        """Record something unusual that a reader of the log must know."""
+        self.events.notice(name, value, step)
 
     def specimen(self, name: str, value: Any, step: int = 0) -> bool:
         """Keep one specimen for the walkthrough (about twenty of a name are kept)."""
@@ -216,7 +223,7 @@ class Run:
         )
         self.events.close()
         write_manifest(self.dir, self.manifest)
-        if status == "done":
+        if status == "done" and not self.keep_checkpoints:
             shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         return self.manifest
 
@@ -225,6 +232,15 @@ def write_manifest(folder: Path, manifest: RunManifest) -> None:
     """Write `manifest.json` atomically; NaN (no interval) is stored as null."""
     data = json.loads(json.dumps(to_dict(manifest)), parse_constant=lambda _: None)
     atomic_write(folder / MANIFEST, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the half-written files of a writer that was killed, which would pass for artifacts."""
+    for path in folder.rglob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def list_artifacts(folder: Path) -> Iterator[Artifact]:

@@ -26,7 +26,7 @@ from trivium.data.collate import pad_rows
 from trivium.data.loader import RowLoader
 from trivium.data.sources import load_conversations
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
@@ -79,8 +79,8 @@ class Config:
 
 def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
     """Return the summed cross-entropy (nats) of the revised responses."""
-    logits = model.logits(model(batch.input_ids, positions=batch.positions))
-    return LossOutput(total=cross_entropy(logits, batch.targets).sum())
+    hidden = model(batch.input_ids, positions=batch.positions)
+    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets).sum())
 
 
 def run(config: Config, run: Run) -> None:

@@ -28,9 +28,8 @@ from trivium.models.transformer import Transformer
 from trivium.records import Completion
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
-from trivium.training.checkpoint import resume, save_checkpoint
+from trivium.training.checkpoint import Checkpointer
 from trivium.training.distributed import autocast, device_of
-from trivium.training.loop import graceful_stop, raise_if_stopped
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.rollout import (
     PromptSet,
@@ -99,19 +98,21 @@ def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossO
 def run(config: Config, run: Run) -> None:
     """Sample groups, check them, compare within the group, update; round after round."""
     grpo = Trainer(config, run)
-    checkpoint = resume(run, modules=grpo.modules, optimizers=grpo.optimizers)
+    saver = Checkpointer(run, modules=grpo.modules, optimizers=grpo.optimizers)
+    checkpoint = saver.resume()
     start = checkpoint.step if checkpoint else 0
-    with graceful_stop() as stop, run.progress("rounds", config.iterations - start) as advance:
+    with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
+            saver.check()
             rows, generated = grpo.sample(round_)
             rewards = grpo.reward(rows, generated)
             batch = grpo.shape(rows, generated, rewards)
             loss = grpo.update(batch, round_)
             grpo.record(batch, rows, generated, loss, round_ + 1)
             advance(reward=float(rewards.mean()))
-            if stop.signal or (round_ + 1) % config.save_every == 0:
-                save_checkpoint(run, round_ + 1, modules=grpo.modules, optimizers=grpo.optimizers)
-            raise_if_stopped(stop, round_ + 1)
+            if saver.is_due(round_ + 1, config.save_every, config.iterations):
+                saver.save(round_ + 1)
+            saver.leave_if_asked(round_ + 1)
     grpo.finish()
 
 

@@ -29,9 +29,8 @@ from trivium.models.transformer import Transformer
 from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
-from trivium.training.checkpoint import resume, save_checkpoint
+from trivium.training.checkpoint import Checkpointer
 from trivium.training.distributed import autocast, device_of
-from trivium.training.loop import graceful_stop, raise_if_stopped
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.rollout import (
     PromptSet,
@@ -120,21 +119,22 @@ def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatc
 def run(config: Config, run: Run) -> None:
     """Sample, score, shape, update, record; round after round."""
     ppo = Trainer(config, run)
-    checkpoint = resume(run, modules=ppo.modules, optimizers=ppo.optimizers)
+    saver = Checkpointer(run, modules=ppo.modules, optimizers=ppo.optimizers)
+    checkpoint = saver.resume()
     ppo.controller.value = checkpoint.state["kl_coef"] if checkpoint else config.kl_coef
     start = checkpoint.step if checkpoint else 0
-    with graceful_stop() as stop, run.progress("rounds", config.iterations - start) as advance:
+    with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
+            saver.check()
             prompts, generated = ppo.sample(round_)
             batch = ppo.shape(prompts, generated, ppo.score(prompts, generated))
             metrics = ppo.update(batch, round_)
             kl = ppo.record(batch, prompts, generated, metrics, round_ + 1)
             ppo.controller.update(kl, config.batch_size)
             advance(score=float(batch.scores.mean()), kl=kl)
-            if stop.signal or (round_ + 1) % config.save_every == 0:
-                state = {"kl_coef": ppo.controller.value}
-                save_checkpoint(run, round_ + 1, modules=ppo.modules, optimizers=ppo.optimizers, state=state)
-            raise_if_stopped(stop, round_ + 1)
+            if saver.is_due(round_ + 1, config.save_every, config.iterations):
+                saver.save(round_ + 1, {"kl_coef": ppo.controller.value})
+            saver.leave_if_asked(round_ + 1)
     ppo.finish()
 
 

@@ -23,12 +23,13 @@ from trivium.config import ConfigError, Dial, Given, Ref, UserError, bounds
 from trivium.data.loader import PretrainLoader
 from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.config import ModelConfig
 from trivium.models.generate import generate
 from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
+from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.rollout import chunks
@@ -109,8 +110,7 @@ class Config:
 def objective(model: Transformer, z_loss: float, batch: TokenBatch) -> LossOutput:
     """Return the summed next-token cross-entropy (nats) of a packed batch; no token sees another document."""
     hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
-    losses = cross_entropy(model.logits(hidden), batch.targets, z_loss=z_loss)
-    return LossOutput(total=losses.sum())
+    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets, z_loss).sum())
 
 
 def run(config: Config, run: Run) -> None:
@@ -125,6 +125,7 @@ def run(config: Config, run: Run) -> None:
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
     model.to(device)
+    compile_layers(model, run.settings)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = world()
 
@@ -169,7 +170,7 @@ def resolve(config: Config, tokenizer: Tokenizer, run: Run) -> Config:
         return config
     fit, optim = config.fit, config.fit.optim
     wide, heads = (getattr(config, name) if name in config.given else 0 for name in ("hidden_size", "num_heads"))
-    shape = asdict(shape_of(config.num_layers if "num_layers" in config.given else config.depth, wide, heads))
+    shape = asdict(shape_of(config.depth, wide, heads))
     free = {name: value for name, value in shape.items() if name not in config.given}
     sized = replace(config, depth=0, tokens_per_parameter=0.0, **free)
     own = {name: value for name, value in _budget_fields(fit).items() if name in config.given}

@@ -24,12 +24,13 @@ from trivium.data.loader import RowLoader
 from trivium.data.sources import load_conversations
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
-from trivium.losses.cross_entropy import cross_entropy
+from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.generate import generate
 from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
+from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.rollout import chunks
@@ -40,7 +41,7 @@ class Config:
     """Which model learns from which conversations."""
 
     init: Ref = "pretrain@latest"
-    """The model to start from: a run, or a local Hugging Face folder of the Llama, Qwen2, Qwen3 or Mistral family."""
+    """The model to start from: a run, or a local Hugging Face folder of one of the five families."""
     data: tuple[InputPath, ...] = ()
     """Files or folders of conversations, or code that yields them."""
     options: dict[str, int] = field(default_factory=dict)
@@ -59,8 +60,8 @@ class Config:
 
 def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
     """Return the summed cross-entropy (nats) of the assistant's tokens, end of turn included."""
-    logits = model.logits(model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids))
-    return LossOutput(total=cross_entropy(logits, batch.targets).sum())
+    hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
+    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets).sum())
 
 
 def run(config: Config, run: Run) -> None:
@@ -69,6 +70,7 @@ def run(config: Config, run: Run) -> None:
     train, heldout, facts = load_rows(config, run, tokenizer)
     device = device_of(run.settings)
     model = load_model(run.model("init"), device=device)
+    compile_layers(model, run.settings)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
     rank, size = world()
 

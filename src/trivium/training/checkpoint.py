@@ -1,30 +1,37 @@
-"""Checkpoints: one writer for all stages, atomic and verified; safetensors and JSON only.
+"""Checkpoints of a run: one writer for all stages, behind the loop's back; one reader, which trusts nothing.
 
-Written aside, hashed, fsynced, renamed; a reader either finds a whole checkpoint or an older whole one. No stage keeps
-hidden random state (every draw is a function of seed and step), so weights, optimizer state, the step and the run's own
-counters are all there is to save.
+A checkpoint is weights, optimizer state, averages, torch's random state, the step, and what the run has logged and
+spent. Batches and samples are functions of seed and step, so there is no loader to save. `save` copies everything and
+returns; a thread writes, hashes, fsyncs, renames and removes the older ones (`checkpoint_folder` says how).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import math
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from trivium.records import atomic_write, fsync_folder, sha256_file
+from trivium.config import DiskFull, UserError, is_disk_full
 from trivium.runs.manifest import Run
+from trivium.training import checkpoint_folder as disk
+from trivium.training.average import Average
+from trivium.training.checkpoint_folder import Damaged, KeepConfig
+from trivium.training.distributed import world
 from trivium.training.optim import Optimizer
-
-KEEP = 2
-"""How many whole checkpoints stay: the newest, and one to fall back to."""
+from trivium.training.stopping import StopRequest, graceful_stop, raise_if_stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,93 +39,288 @@ class Checkpoint:
     """A verified checkpoint: `step` steps are behind it."""
 
     step: int
-    tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
+    """What the stage gave to `save`."""
 
 
-def save_checkpoint(
-    run: Run,
-    step: int,
-    *,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    state: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint of the run after `step` steps; older ones beyond KEEP are removed once it is whole."""
-    folder = run.dir / "checkpoints"
-    target, aside = folder / f"{step:08d}", folder / f"{step:08d}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        tensors: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            # named_parameters names a tied weight once; safetensors refuses shared storage.
-            tensors |= {f"{name}/{key}": value.detach() for key, value in module.named_parameters()}
-        for name, optimizer in optimizers.items():
-            tensors |= {f"{name}#optimizer/{key}": value for key, value in optimizer.tensors().items()}
-        # Cloned, because an optimizer may hold several views of one storage.
-        save_file(
-            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
-            aside / "tensors.safetensors",
-        )
-        facts = {"step": step, "run": run.state(), "state": dict(state or {}), "fingerprint": run.manifest.fingerprint}
-        atomic_write(aside / "state.json", json.dumps(facts))
-        hashes = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
-        atomic_write(aside / "checksums.json", json.dumps(hashes))
-        with (aside / "tensors.safetensors").open("rb") as handle:
-            os.fsync(handle.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-        fsync_folder(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    for old in _names(folder)[:-KEEP]:
-        shutil.rmtree(old)
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where the run and torch's random numbers stood when it was taken."""
+
+    run: str
+    """`Run.state()` as JSON: text, because what it refers to goes on changing."""
+    rng: Mapping[str, Tensor]
 
 
-def resume(run: Run, *, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> Checkpoint | None:
-    """Load the newest whole checkpoint of the run into the modules and optimizers and return it, or None.
+class Checkpointer:
+    """Saves and loads the checkpoints of a run; `with` it, signals wait for a whole step and its checkpoint.
 
-    The run's logs are cut back to it. A damaged one is named, set aside as `*.damaged`, and the one before is used.
+    `modules`, `optimizers` and `averages` are loaded and saved in place, under their names. One write is under way at a
+    time; the next save waits for it, and so does the end of `with`. What went wrong with it is raised by the next
+    `check`, `save` or `wait`.
     """
-    folder = run.dir / "checkpoints"
-    for path in reversed(_names(folder)):
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        averages: Mapping[str, Average] | None = None,
+        keep: KeepConfig | None = None,
+    ) -> None:
+        """Prepare; nothing is read or written yet."""
+        self.run = run
+        self.folder = run.dir / "checkpoints"
+        self.modules, self.optimizers, self.averages = modules, optimizers, averages or {}
+        self.keep = keep or KeepConfig()
+        self.stop = StopRequest()
+        """Whether a signal asked for the end."""
+        self._signals = contextlib.ExitStack()
+        self.seconds = 0.0
+        """Seconds that the loop has lost to saving."""
+        self.best: float | None = None
+        """The best value of `keep.best` so far."""
+        self._written = threading.Event()
+        self._written.set()
+        self._failure: BaseException | None = None
+        self._damaged: dict[Path, str] = {}
+        self._step = 0
+        run.keep_checkpoints = self.keep.after_the_end
+
+    def __enter__(self) -> Checkpointer:
+        """Take the signals over and return itself."""
+        self.stop = self._signals.enter_context(graceful_stop())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for the write under way, then give the signals back; beside another error, its own is only told.
+
+        Raises Stopped for a signal that came while the last checkpoint was being written.
+        """
+        with self._signals:
+            if error is None:
+                self.wait()
+                raise_if_stopped(self.stop, self._step)
+            elif not self.stop.hurry:
+                try:
+                    self.wait()
+                except UserError as also:
+                    print(also, file=sys.stderr)
+
+    def leave_if_asked(self, step: int) -> None:
+        """Raise Stopped when a signal asked for it, once the checkpoint of this step is on the disk.
+
+        Without one (the signal has only just come) the next step is the last.
+        """
+        if self.stop.signal and self._step == step:
+            self.wait()
+            raise_if_stopped(self.stop, step)
+
+    # -- saving
+
+    def moment(self) -> Moment:
+        """Return where the run stands: what a checkpoint saved later can go back to."""
+        return Moment(run=json.dumps(self.run.state()), rng=rng_tensors())
+
+    def is_due(self, step: int, every: int, last: int) -> bool:
+        """Tell whether to save after `step`: it is a multiple of `every`, the last, or a signal asked for the end."""
+        return bool(self.stop.signal) or step % every == 0 or step == last
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any] | None = None,
+        *,
+        moment: Moment | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Start writing a checkpoint after `step` steps; everything may change as soon as this returns.
+
+        `state` is JSON-able; `moment` is where resuming puts logs and random numbers (default: where they stand);
+        `score` is the value of `keep.best` at this step.
+        """
+        began = time.monotonic()
+        self.wait()
+        moment = moment or self.moment()
+        live = {**self._tensors(), **{f"rng/{name}": value for name, value in moment.rng.items()}}
+        if world()[0] == 0:  # every rank takes part in gathering, one writes
+            copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in live.items()}
+            own = {"step": step, "state": dict(state or {}), "score": score}
+            own |= {"fingerprint": self.run.manifest.fingerprint, "run": json.loads(moment.run)}
+            self._step = step
+            self._written.clear()
+            target = disk.free_name(self.folder, step)
+            # A daemon, so that a second signal does not wait for a slow disk; the *.tmp is removed at the next start.
+            threading.Thread(target=self._write, args=(target, copies, json.dumps(own)), daemon=True).start()
+        if score is not None and self.keep.is_better(score, self.best):
+            self.best = score
+        self.seconds += time.monotonic() - began
+
+    def improves(self, metrics: Mapping[str, float]) -> float | None:
+        """Return the value of `keep.best` when it is the best so far, else None; raises UserError when it is absent."""
+        if not self.keep.best:
+            return None
+        if self.keep.best not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise UserError(f"keep.best = {self.keep.best!r}: the evaluation of {self.run.id} gives {known}")
+        score = float(metrics[self.keep.best])
+        return score if math.isfinite(score) and self.keep.is_better(score, self.best) else None
+
+    def check(self) -> None:
+        """Raise what went wrong with a finished write (DiskFull, UserError), and log damage that it met."""
+        if not self._written.is_set():
+            return
+        damaged, self._damaged = self._damaged, {}
+        self._tell(damaged, self._step)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Wait until nothing is being written, then `check`."""
+        began = time.monotonic()
+        while not self._written.wait(1.0):
+            pass  # in short waits, between which Python handles signals
+        self.seconds += time.monotonic() - began
+        self.check()
+
+    def _write(self, target: Path, tensors: Mapping[str, Tensor], state: str) -> None:
+        """Write and prune; runs in the thread, and leaves its outcome for `check`."""
         try:
-            checkpoint, run_state = _read(path, run.manifest.fingerprint)
-        except (OSError, ValueError, KeyError) as error:
-            print(f"{path}: damaged ({error}); the checkpoint before it is used", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
-            continue
-        for name, module in modules.items():
-            parameters = dict(module.named_parameters())
-            for key, value in _under(checkpoint.tensors, f"{name}/").items():
-                parameters[key].data.copy_(value)
-        for name, optimizer in optimizers.items():
-            optimizer.load_tensors(_under(checkpoint.tensors, f"{name}#optimizer/"))
-        run.restore(run_state)
+            disk.write(target, tensors, state, before_publishing=self.run.events.sync)
+            self._damaged |= disk.prune(self.folder, self.keep)
+        except (OSError, SafetensorError) as error:
+            self._failure = self._explain(error, target, sum(t.numel() * t.element_size() for t in tensors.values()))
+        except BaseException as error:  # raised again where somebody sees it
+            self._failure = error
+        finally:
+            self._written.set()
+
+    def _explain(self, error: Exception, target: Path, num_bytes: int) -> UserError:
+        """Return what a user is told of a write that failed."""
+        older = disk.listing(self.folder)
+        kept = f"{older[-1]} is whole and" if older else "there is none before it, but what is finished"
+        way_out = f"run the same command again; {kept} is kept"
+        if is_disk_full(error):
+            free = shutil.disk_usage(self.run.dir).free
+            said = f"no space for the checkpoint {target}: it needs {num_bytes:,} bytes and {free:,} are free"
+            explained: UserError = DiskFull(f"{said}; free some and {way_out}")
+        else:
+            explained = UserError(f"the checkpoint {target} could not be written ({error}); mend that and {way_out}")
+        explained.__cause__ = error
+        return explained
+
+    # -- loading
+
+    def resume(self) -> Checkpoint | None:
+        """Load the newest whole checkpoint in place and return it, or None where there is none.
+
+        The run's logs are cut back to it. A damaged one is named, set aside as `*.damaged`, and the one before is used.
+        Raises UserError when it is another run's or holds other tensors, DiskFull when the next one cannot fit.
+        """
+        if world()[0] == 0:
+            disk.sweep(self.folder)
+        self._preflight()
+        damaged: dict[Path, str] = {}
+        checkpoint = None
+        for path in reversed(disk.listing(self.folder)):
+            try:
+                tensors, facts = disk.read(path)
+            except PermissionError:
+                raise
+            except (Damaged, OSError) as error:
+                damaged[disk.set_aside(path)] = str(error)
+                continue
+            checkpoint = self._load(path, tensors, facts)
+            self._step = checkpoint.step
+            break
+        else:
+            self.run.events.truncate({"events": 0, "specimens": 0})
+        scores = [s for path in disk.listing(self.folder) if (s := disk.score_of(path)) is not None]
+        self.best = (max if self.keep.highest else min)(scores) if scores else None
+        self._tell(damaged, checkpoint.step if checkpoint else 0)
         return checkpoint
-    run.events.truncate({"events": 0, "specimens": 0})
-    return None
+
+    def _load(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
+        ours = self.run.manifest.fingerprint
+        if facts["fingerprint"] != ours:
+            raise UserError(
+                f"{path} belongs to a run of fingerprint {facts['fingerprint']} and this run's is {ours}: its recipe, "
+                "data or seed is another; move that folder away to start from the beginning"
+            )
+        parameters = {f"{n}/{key}": p for n, m in self.modules.items() for key, p in module_tensors(m).items()}
+        found = {key: value for key, value in tensors.items() if "#" not in key and not key.startswith("rng/")}
+        odd = sorted(found.keys() ^ parameters.keys()) or sorted(
+            key for key, p in parameters.items() if p.shape != found[key].shape
+        )
+        if odd:
+            raise UserError(f"{path} and this model differ in {odd[0]}; move it away to start from the beginning")
+        with torch.no_grad():
+            for key, value in found.items():
+                parameters[key].copy_(value)
+        for name, optimizer in self.optimizers.items():
+            # Copied: the optimizer keeps what it is given, and that is a view of a file which is going to be removed.
+            own = {key: value.clone() for key, value in _under(tensors, f"{name}#optimizer/").items()}
+            optimizer.load_tensors(own)
+        for name, average in self.averages.items():
+            average.load_tensors(_under(tensors, f"{name}#average/"))
+        set_rng(_under(tensors, "rng/"))
+        self.run.restore(facts["run"])
+        return Checkpoint(step=facts["step"], state=facts["state"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}/{key}": value for key, value in module_tensors(module).items()}
+        for name, optimizer in self.optimizers.items():
+            tensors |= {f"{name}#optimizer/{key}": value for key, value in optimizer.tensors().items()}
+        for name, average in self.averages.items():
+            tensors |= {f"{name}#average/{key}": value for key, value in average.tensors().items()}
+        return tensors
+
+    def num_bytes(self) -> int:
+        """Return how many bytes the tensors of a checkpoint take, before the first step as well as after it."""
+        state = sum(optimizer.state_bytes() for optimizer in self.optimizers.values())
+        parts = [module_tensors(module) for module in self.modules.values()]
+        parts += [average.tensors() for average in self.averages.values()]
+        parts.append(rng_tensors())
+        return state + sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+    def _preflight(self) -> None:
+        """Raise DiskFull when a checkpoint cannot fit: better before the first step than at the first save."""
+        needed, free = self.num_bytes(), shutil.disk_usage(self.run.dir).free
+        if needed > free:
+            raise DiskFull(
+                f"a checkpoint of {self.run.id} needs {needed:,} bytes and the disk that holds {self.folder} has "
+                f"{free:,} free; free some, or name a --workspace on another disk"
+            )
+
+    def _tell(self, damaged: Mapping[Path, str], step: int) -> None:
+        """Name damaged checkpoints on stderr and in the run's log."""
+        for path, what in damaged.items():
+            print(f"{path}: damaged ({what}); set aside, the checkpoint before it is used", file=sys.stderr)
+            self.run.notice("checkpoint damaged", {"path": path.name, "what": what}, step)
 
 
-def _read(path: Path, fingerprint: str) -> tuple[Checkpoint, Mapping[str, Any]]:
-    hashes = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-    found = {p.name for p in path.iterdir()} - {"checksums.json"}
-    if found != set(hashes):
-        raise ValueError(f"its files are {sorted(found)}, not {sorted(hashes)}")
-    for name, expected in hashes.items():
-        if sha256_file(path / name) != expected:
-            raise ValueError(f"the SHA-256 of {name} is wrong")
-    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if facts["fingerprint"] != fingerprint:
-        raise ValueError("it belongs to another configuration")
-    checkpoint = Checkpoint(step=facts["step"], tensors=load_file(path / "tensors.safetensors"), state=facts["state"])
-    return checkpoint, facts["run"]
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of a module, by name: its parameters, a tied one once."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def _names(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+def rng_tensors() -> dict[str, Tensor]:
+    """Return the state of torch's own random numbers, which nothing of ours draws from but an objective might."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng(states: Mapping[str, Tensor]) -> None:
+    """Take `rng_tensors()` back; a device's that is not here is left out."""
+    torch.set_rng_state(states["cpu"].clone())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].clone())
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

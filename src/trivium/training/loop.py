@@ -6,24 +6,25 @@ All side work hangs on named moments; a stage hands over an objective and a func
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from trivium.config import Stopped, UserError, bounds
+from trivium.config import ConfigError, bounds
 from trivium.runs.manifest import Run
-from trivium.training.checkpoint import resume, save_checkpoint
+from trivium.training.average import Average
+from trivium.training.checkpoint import Checkpointer
+from trivium.training.checkpoint_folder import KeepConfig
 from trivium.training.distributed import autocast
+from trivium.training.guard import Guard, GuardConfig
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.peak import peak_flops
 from trivium.training.schedule import lr_scale
 from trivium.training.step import B, Objective, StepResult, train_step
-
-MAX_SKIPPED = 5
-"""How many steps in a row may be non-finite before the run stops: one is an accident, five are divergence."""
+from trivium.training.stopping import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,51 +42,20 @@ class FitConfig:
     eval_every: int = 0
     """Steps between evaluations on held-out data; 0 means only at the end."""
     save_every: int = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints; there is one more after the last step."""
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    """Which checkpoints stay."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Which steps are passed over."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, evaluated and exported in their place; 0 means none."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
         bounds(self, steps=(0, None), batch_size=(1, None), micro_batch_size=(0, None), log_every=(1, None))
-        bounds(self, eval_every=(0, None), save_every=(1, None))
-
-
-class StopRequest:
-    """Whether a signal asked the loop to stop at the end of the step it is in."""
-
-    def __init__(self) -> None:
-        """Start with no signal received."""
-        self.signal = 0
-
-
-@contextlib.contextmanager
-def graceful_stop() -> Iterator[StopRequest]:
-    """Yield a StopRequest that the first SIGTERM or Ctrl-C sets; a second one acts at once, as before."""
-    request = StopRequest()
-    before: dict[int, object] = {}
-
-    def note(number: int, _: object) -> None:
-        request.signal = number
-        signal.signal(number, before[number])  # type: ignore[arg-type]
-
-    try:
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            before[number] = signal.getsignal(number)
-            signal.signal(number, note)
-    except ValueError:  # not the main thread: the embedding program owns the signals
-        before.clear()
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def raise_if_stopped(request: StopRequest, step: int) -> None:
-    """Raise Stopped when a signal asked for it; the caller has just saved a checkpoint."""
-    if request.signal:
-        raise Stopped(request.signal, f" after step {step}, checkpoint saved")
+        bounds(self, eval_every=(0, None), save_every=(1, None), ema_decay=(0, 0.999999))
 
 
 def fit(
@@ -103,54 +73,154 @@ def fit(
 
     `micro_batches(step)` must be a pure function, which is what makes a resumed run equal to an uninterrupted one.
     `evaluate(step)` returns metrics to log. `flops_per_item` are the training FLOPs of one token of a micro-batch.
-    Raises UserError when training diverges and Stopped after a signal.
+    Raises UserError when training diverges, DiskFull when a checkpoint does not fit, Stopped after a signal.
     """
-    optimizer = Optimizer(model, config.optim)
-    checkpoint = resume(run, modules={"model": model}, optimizers={"model": optimizer})
-    start = checkpoint.step if checkpoint else 0
-    skipped = 0
+    fitting = _Fitting(run, model, config, evaluate)
+    start = fitting.resume()
+    saver = fitting.saver
     if flops_per_item and tokens_in:
         run.machine(peak_flops=peak_flops(run.settings))  # before the first step, so that no step waits for it
-    with graceful_stop() as stop, run.progress("training", config.steps - start) as advance:
-        clock, tokens_since = time.monotonic(), 0
+    with saver, run.progress("training", config.steps - start) as advance:
+        meter = _Meter(saver)
         for step in range(start, config.steps):
-            batches = micro_batches(step)
+            saver.check()
+            with meter.waiting_for_data():
+                batches = micro_batches(step)
             scale = lr_scale(config.optim.schedule, step, config.steps)
-            model.train()
-            result = train_step(objective, batches, optimizer, lr_scale=scale, precision=autocast(run.settings))
+            result = fitting.take_step(objective, batches, scale, step)
             num_tokens = tokens_in(batches) if tokens_in else 0
-            tokens_since += num_tokens
+            meter.tokens += num_tokens
             run.spend(tokens=num_tokens, flops=flops_per_item * num_tokens)
-            skipped = skipped + 1 if result.skipped else 0
-            if skipped > MAX_SKIPPED:
-                raise UserError(
-                    f"{run.id}: the gradient was not finite {skipped} steps in a row; lower the learning rate"
-                )
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                rate = tokens_since / max(time.monotonic() - clock, 1e-9)
-                _log(run, result, config.optim.lr * scale, rate, done)
-                if flops_per_item and rate:
-                    run.metric("train/mfu", rate * flops_per_item / peak_flops(run.settings), done)
-                clock, tokens_since = time.monotonic(), 0
-            if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
-                model.eval()
-                for name, value in evaluate(done).items():
-                    run.metric(name, value, done)
+            last = done == config.steps
+            if last or done % config.log_every == 0:
+                read = meter.read()
+                if flops_per_item and "train/tokens_per_s" in read:
+                    read["train/mfu"] = read["train/tokens_per_s"] * flops_per_item / peak_flops(run.settings)
+                _log(run, result, config.optim.lr * scale, read, done)
+            best = None
+            if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
+                best = fitting.look(done)
             advance(loss=result.loss)
-            if stop.signal or (done % config.save_every == 0 and done < config.steps):
-                save_checkpoint(run, done, modules={"model": model}, optimizers={"model": optimizer})
-            raise_if_stopped(stop, done)
+            if best is not None or saver.is_due(done, config.save_every, config.steps):
+                fitting.save(done, best)
+            saver.leave_if_asked(done)
+    if fitting.average:
+        fitting.average.copy_to_model()
     model.eval()
 
 
-def _log(run: Run, result: StepResult, lr: float, rate: float, step: int) -> None:
+class _Fitting:
+    """What a loop holds besides the model: optimizer, average, guard and checkpoints."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        config: FitConfig,
+        evaluate: Callable[[int], Mapping[str, float]] | None,
+    ) -> None:
+        self.run, self.model, self.config, self.evaluate = run, model, config, evaluate
+        if config.keep.best and evaluate is None:
+            raise ConfigError(f"keep.best = {config.keep.best!r}: this stage evaluates nothing while it trains")
+        self.optimizer = Optimizer(model, config.optim)
+        self.average = Average(model, config.ema_decay) if config.ema_decay else None
+        self.guard = Guard(config.guard)
+        self.saver = Checkpointer(
+            run,
+            modules={"model": model},
+            optimizers={"model": self.optimizer},
+            averages={"model": self.average} if self.average else {},
+            keep=config.keep,
+        )
+
+    def resume(self) -> int:
+        """Return the step to go on from; an evaluation that was cut off is done now."""
+        torch.manual_seed(self.run.seed)  # for an objective that draws from it (dropout); a checkpoint holds its state
+        checkpoint = self.saver.resume()
+        if checkpoint is None:
+            return 0
+        self.guard.restore(checkpoint.state["guard"])
+        if checkpoint.state["owes_evaluation"]:
+            best = self.look(checkpoint.step)
+            if best is not None:
+                self.save(checkpoint.step, best)
+        return checkpoint.step
+
+    def take_step(self, objective: Objective[B], batches: Sequence[B], scale: float, step: int) -> StepResult:
+        """Return what the step did; one that was passed over is logged, counted and, if it goes on, the end."""
+        self.model.train()
+        limit = self.guard.limit
+        precision = autocast(self.run.settings)
+        result = train_step(objective, batches, self.optimizer, lr_scale=scale, precision=precision, skip_above=limit)
+        reason = self.guard.judge(result)
+        if reason:
+            # Batches are a function of the step, so its number says which rows they were.
+            facts = {"reason": reason, "batch": step, "loss": result.loss, "grad_norm": result.grad_norm}
+            self.run.notice("step skipped", facts | {"limit": limit}, step + 1)
+            self.run.metric("train/skipped", self.guard.count, step + 1)
+            self.guard.raise_if_diverged(self.run.id, reason)
+        elif self.average:
+            self.average.update()
+        return result
+
+    def look(self, done: int) -> float | None:
+        """Evaluate and return the value of `keep.best` where it is the best so far.
+
+        A signal cuts the evaluation off: the checkpoint is of the moment before it, and says that it is owed.
+        """
+        assert self.evaluate is not None
+        moment = self.saver.moment()
+        self.model.eval()
+        try:
+            with self.average.in_model() if self.average else contextlib.nullcontext(), self.saver.stop.interruptible():
+                metrics = self.evaluate(done)
+        except Interrupted:
+            state = {"guard": self.guard.state(), "owes_evaluation": True}
+            self.saver.save(done, state, moment=moment)
+            self.saver.leave_if_asked(done)
+            raise
+        for name, value in metrics.items():
+            self.run.metric(name, value, done)
+        return self.saver.improves(metrics)
+
+    def save(self, done: int, best: float | None) -> None:
+        """Save a checkpoint, with the value of `keep.best` where it is one for that."""
+        self.saver.save(done, {"guard": self.guard.state(), "owes_evaluation": False}, score=best)
+
+
+class _Meter:
+    """Where the time goes since the last reading."""
+
+    def __init__(self, saver: Checkpointer) -> None:
+        self.saver = saver
+        self.tokens = 0
+        self._data_s = 0.0
+        self._saving_s = saver.seconds
+        self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        began = time.monotonic()
+        yield
+        self._data_s += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics of the interval that ends now, and begin the next."""
+        now = time.monotonic()
+        read = {"train/data_s": self._data_s, "train/checkpoint_s": self.saver.seconds - self._saving_s}
+        if self.tokens:
+            read["train/tokens_per_s"] = self.tokens / max(now - self._began, 1e-9)
+        self.tokens, self._data_s, self._saving_s, self._began = 0, 0.0, self.saver.seconds, now
+        return read
+
+
+def _log(run: Run, result: StepResult, lr: float, meter: Mapping[str, float], step: int) -> None:
     run.metric("train/loss", result.loss, step)
     run.metric("train/grad_norm", result.grad_norm, step)
     run.metric("train/lr", lr, step)
-    if rate:
-        run.metric("train/tokens_per_s", rate, step)
-    if result.skipped:
-        run.metric("train/skipped", 1.0, step)
+    for name, value in meter.items():
+        run.metric(name, value, step)
     for name, value in result.metrics.items():
         run.metric(f"train/{name}", value, step)

@@ -121,6 +121,15 @@ class Optimizer:
                 flat |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         return flat
 
+    def state_bytes(self) -> int:
+        """Return how many bytes `tensors()` takes once the first step is taken, for what has to fit on a disk."""
+        total = 0
+        for optimizer in self.optimizers:
+            adam = isinstance(optimizer, torch.optim.AdamW)  # two moments and a float32 count of steps; Muon has one
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                total += parameter.numel() * parameter.element_size() * (2 if adam else 1) + (4 if adam else 0)
+        return total
+
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):

@@ -59,7 +59,7 @@ class Layout:
     """`adamw`, or `muon` for the matrices in the layers, which keeps one state instead of two."""
     precision: str = "bf16"
     loss_chunk: int = 0
-    """Positions of a row whose logits exist at once; 0: all."""
+    """Positions of the micro-batch whose logits exist at once; 0: all."""
 
     @property
     def replicas(self) -> int:
@@ -92,14 +92,14 @@ def memory(config: ModelConfig, layout: Layout) -> dict[str, float]:
     the largest unit twice (one computes while the next arrives) and its gradient once; else autocast's copies.
     """
     split, numbers, rows, context = layout.tensor_parallel, config.num_parameters(), layout.rows, layout.context
-    passing = logits_bytes(config, rows, context, chunk=layout.loss_chunk, split=split)
+    passing = logits_bytes(config, rows, context, chunk=layout.loss_chunk, precision=layout.precision, split=split)
     kind: dict[str, Any] = {"precision": layout.precision, "packed": False, "split": split}
     if layout.checkpointing:  # the loss is over when the first layer is computed again
         passing = max(passing, recomputed_bytes(config, rows, context, **kind))
         if (
             not layout.sharded
         ):  # autocast keeps its copies of all layers until the forward pass ends, the logits then out
-            logits = rows * min(layout.loss_chunk or context, context) * config.vocab_size * FP32_BYTES / split
+            logits = min(layout.loss_chunk or rows * context, rows * context) * config.vocab_size * FP32_BYTES / split
             passing = max(passing, logits + cast_bytes(config, layout.precision, split=split))
     share = split * (layout.replicas if layout.sharded else 1)
     small = 2 if layout.precision == "bf16" else FP32_BYTES
@@ -200,13 +200,13 @@ SEVENTY_B = ModelConfig(
 PLANS: Mapping[str, tuple[ModelConfig, Layout]] = {
     "7B, one node": (
         SEVEN_B,
-        Layout(gpus=8, rows=1, context=4096, accumulation=32, loss_chunk=512, checkpointing=False),
+        Layout(gpus=8, rows=1, context=4096, accumulation=32, loss_chunk=2048, checkpointing=False),
     ),
-    "7B, eight nodes": (SEVEN_B, Layout(gpus=64, rows=4, context=4096, accumulation=2, loss_chunk=512)),
-    "70B, 32 nodes, FSDP": (SEVENTY_B, Layout(gpus=256, rows=4, context=4096, loss_chunk=512)),
+    "7B, eight nodes": (SEVEN_B, Layout(gpus=64, rows=4, context=4096, accumulation=2, loss_chunk=2048)),
+    "70B, 32 nodes, FSDP": (SEVENTY_B, Layout(gpus=256, rows=4, context=4096, loss_chunk=2048)),
     "70B, 32 nodes, FSDP and TP 8": (
         SEVENTY_B,
-        Layout(gpus=256, tensor_parallel=8, rows=4, context=4096, accumulation=8, loss_chunk=512),
+        Layout(gpus=256, tensor_parallel=8, rows=4, context=4096, accumulation=8, loss_chunk=2048),
     ),
 }
 """The plans of docs/scale.md: Llama 2's shapes, steps of a million tokens or more."""

@@ -52,6 +52,7 @@ def train_step(
     *,
     lr_scale: float,
     precision: contextlib.AbstractContextManager[object] | None = None,
+    skip_above: float = math.inf,
 ) -> StepResult:
     """Take one optimizer step over `micro_batches` and return what happened.
 
@@ -59,7 +60,7 @@ def train_step(
     its dtypes by itself, the optimizer works in fp32, and autocast forgets its cast copies of the weights on leaving.
     Held open over several steps it would go on with the weights of the first.
 
-    A non-finite gradient moves nothing: the step is skipped and says so.
+    A gradient that is not finite, or whose norm is above `skip_above`, moves nothing: the step is skipped and says so.
     """
     total = all_reduce_sum(torch.stack([batch.num_items.float() for batch in micro_batches]).sum())
     # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.
@@ -74,7 +75,7 @@ def train_step(
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
     grad_norm = float(optimizer.clip())
-    skipped = not math.isfinite(grad_norm)
+    skipped = not math.isfinite(grad_norm) or grad_norm > skip_above
     if not skipped:
         optimizer.step(lr_scale)
     count = float(total)

@@ -150,7 +150,8 @@ export async function runPage(main) {
         reload();
       }
     },
-    onEvents: ({ cut, events }) => {
+    onEvents: ({ cut, events: all }) => {
+      const events = all.filter((/** @type {any} */ e) => e.kind !== "notice"); // for the log's reader: no curve, no sample
       // A log that was cut, or a name that is new, changes the page's shape: draw all of it again.
       const known = events.every((/** @type {any} */ e) => (e.kind === "metric" ? curves : samples).has(e.name));
       if (cut || !known) return void reload();

@@ -1,0 +1,273 @@
+"""Who sees whom, and the kernel that computes attention for it.
+
+`choose_kernel` is the one place where the kernel is picked; the table it stands for:
+
+| who sees whom                              | on CUDA, bf16 or fp16    | on CUDA, fp32 | elsewhere |
+| ------------------------------------------ | ------------------------ | ------------- | --------- |
+| everything before (also one new position)  | causal                   | causal        | causal    |
+| packed documents, with a window or without | varlen, else flex        | flex          | mask      |
+| a window, no documents                     | flex                     | flex          | mask      |
+| padded rows; several new positions after a cache; short rows; odd head sizes | mask | mask | mask |
+
+`causal` and `mask` are torch's `scaled_dot_product_attention`, which has fast kernels of its own for the first and
+reads a boolean mask of [T, T] for the second. `flex` is torch's FlexAttention: blocks of 128 positions that nobody sees
+are never computed. `varlen` is torch's variable-length attention: each document is a row of its own.
+`explicit` is two matrix products and a softmax in float32: the definition, for tests and for where it is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+BLOCK = 128
+"""FlexAttention's block in positions; a shorter row has no block to leave out."""
+
+_forced: list[str] = []
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Who sees whom in one forward pass, in the form that `kernel` takes; made by `who_sees_whom`.
+
+    `mask`: bool [B or 1, 1, T, past + T]. `blocks`: FlexAttention's. `starts`: int32 [documents + 1], where each
+    document begins in the rows laid end to end, and the end. None where the kernel does not take it.
+    """
+
+    kernel: str
+    window: int | None = None
+    mask: Tensor | None = None
+    blocks: BlockMask | None = None
+    starts: Tensor | None = None
+
+
+def choose_kernel(
+    device: str,
+    dtype: torch.dtype,
+    length: int,
+    total: int,
+    *,
+    documents: bool,
+    padded: bool,
+    window: bool,
+    head_dim: int,
+    varlen: bool,
+) -> str:
+    """Return the kernel for `length` new positions that look at `total`, a pure function of what it is given.
+
+    `device` is its type ("cpu", "cuda"), `dtype` that of queries and keys (as autocast lowers it), `window` whether
+    there is one shorter than the row, `varlen` whether torch and the card have variable-length attention.
+    """
+    plain = not (documents or padded or window)
+    if plain and length in (1, total):
+        return "causal"
+    if device != "cuda" or padded or length != total or length < BLOCK:
+        return "mask"
+    if documents and varlen and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256:
+        return "varlen"
+    # Triton's tiles are powers of two of at least 16.
+    return "flex" if head_dim in (16, 32, 64, 128, 256) else "mask"
+
+
+@contextlib.contextmanager
+def use_kernel(kernel: str) -> Iterator[None]:
+    """Compute all attention in this context with one kernel: for tests and measurements.
+
+    Where the kernel cannot say who sees whom ("causal" with documents, say) that is the caller's mistake.
+    """
+    _forced.append(kernel)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def who_sees_whom(
+    length: int,
+    past: int,
+    device: torch.device,
+    window: int | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    document_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Seen:
+    """Return what `attend` needs to know, once for all layers with the same window.
+
+    `past` positions stand in the cache, `length` are new. `document_ids`: int64 [B, T]; the tokens of a document
+    stand together. `attention_mask`: [B, past + T], false at padding. Raises ValueError for documents with a cache.
+    """
+    total = past + length
+    window = None if window is None or window >= total else window
+    if document_ids is not None and past:
+        raise ValueError("Packed documents and a cache exclude each other: a cache continues one document per row.")
+    documents, padded = document_ids is not None, attention_mask is not None
+    kernel = (
+        _forced[-1]
+        if _forced
+        else choose_kernel(
+            device.type,
+            dtype,
+            length,
+            total,
+            documents=documents,
+            padded=padded,
+            window=window is not None,
+            head_dim=head_dim,
+            varlen=device.type == "cuda" and _has_varlen(device),
+        )
+    )
+    if kernel == "causal":
+        return Seen(kernel)
+    if kernel == "flex":
+        return Seen(kernel, window, blocks=_block_mask(length, device, window, document_ids))
+    if kernel == "varlen":
+        return Seen(kernel, window, starts=_document_starts(document_ids, length, device))
+    mask = visibility(length, past, device, window, document_ids=document_ids, attention_mask=attention_mask)
+    return Seen(kernel, window, mask=mask)
+
+
+def visibility(
+    length: int,
+    past: int,
+    device: torch.device,
+    window: int | None,
+    *,
+    document_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Return who sees whom, bool [B or 1, 1, length, past + length].
+
+    Worked example, two packed documents a b | c d e: row d is `0 0 1 1 0`. A padded position sees itself, for a
+    softmax over nothing is not a number; what it computes is never used.
+    """
+    total = past + length
+    if length == 1 and window is None and attention_mask is not None:
+        return attention_mask.bool()[:, None, None, :]
+    distance = torch.arange(past, total, device=device)[:, None] - torch.arange(total, device=device)
+    mask = (distance >= 0)[None]
+    if window is not None:
+        mask = mask & (distance < window)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
+    if attention_mask is not None:
+        mask = (mask & attention_mask.bool()[:, None, :]) | (distance == 0)
+    return mask[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """Return what each query gathered from the values it sees, [B, heads, T, head_dim].
+
+    `softmax(q k^T / sqrt(head_dim)) v`; q [B, heads, T, head_dim], k and v [B, kv_heads, past + T, head_dim].
+    """
+    return _KERNELS[seen.kernel](q, k, v, seen)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    # A single new position sees everything before it, so it needs no causal mask.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _mask(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    mask = seen.mask
+    if mask is None:
+        mask = visibility(q.shape[2], k.shape[2] - q.shape[2], q.device, seen.window)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    # Only compiled does it leave out blocks; on CPU it runs as written, which is what the tests compare.
+    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    call: Any = _compiled(flex_attention) if compiled else flex_attention
+    out: Tensor = call(q, k, v, block_mask=seen.blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return out
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """Lay the rows end to end, [B * T, heads, head_dim], and let each document be a row of its own."""
+    rows, heads, length, size = q.shape
+    flat = (x.transpose(1, 2).reshape(rows * length, x.shape[1], size) for x in (q, k, v))
+    # (left, right): how many positions before and after are seen; -1 is all of them.
+    sides = (-1 if seen.window is None else seen.window - 1, 0)
+    grouped = heads != k.shape[1]
+    call = varlen_attention()
+    if call is None:
+        raise ValueError("The kernel 'varlen' needs a torch with torch.nn.attention.varlen.")
+    out: Tensor = call(*flat, seen.starts, seen.starts, length, length, window_size=sides, enable_gqa=grouped)
+    return out.view(rows, length, heads, size).transpose(1, 2)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Seen], Tensor]] = {
+    "causal": _causal,
+    "mask": _mask,
+    "explicit": _explicit,
+    "flex": _flex,
+    "varlen": _varlen,
+}
+
+
+def _block_mask(length: int, device: torch.device, window: int | None, document_ids: Tensor | None) -> BlockMask:
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = query >= key
+        if window is not None:
+            seen = seen & (query - key < window)
+        if document_ids is not None:
+            seen = seen & (document_ids[row, query] == document_ids[row, key])
+        return seen
+
+    # As written it fills a [B, T, T] table first; compiled it looks at one block at a time.
+    make: Callable[..., Any] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    rows = None if document_ids is None else document_ids.shape[0]
+    blocks: BlockMask = make(sees, rows, None, length, length, device=device, BLOCK_SIZE=BLOCK)
+    return blocks
+
+
+def _document_starts(document_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Return where documents begin in the rows laid end to end, and their end, int32; a row begins one too."""
+    if document_ids is None:
+        raise ValueError("The kernel 'varlen' is for packed documents; there are no document_ids.")
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_tensor([document_ids.numel()]))).to(torch.int32)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """Return torch's variable-length attention, or None where this torch has none with windows and grouped heads."""
+    try:
+        function: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return function if {"window_size", "enable_gqa"} <= inspect.signature(function).parameters.keys() else None
+
+
+@functools.cache
+def _has_varlen(device: torch.device) -> bool:
+    # The flash kernels behind it begin with the Ampere generation.
+    return varlen_attention() is not None and torch.cuda.get_device_capability(device) >= (8, 0)

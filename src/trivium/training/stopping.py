@@ -1,0 +1,109 @@
+"""Stopping in good order: a signal or the time limit ends the work at a whole step, with everything saved.
+
+SIGTERM, Ctrl-C and the time limit (a SIGALRM that the process sets for itself) take one road. Inside the loop they are
+noted, and acted on between steps; outside it they leave at once, because there is nothing to finish. A second SIGTERM
+or Ctrl-C acts at once everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from trivium.config import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+"""What asks a run to stop."""
+
+
+class Interrupted(BaseException):
+    """A signal came during work that is done again after resuming; not an Exception, so that nobody swallows it."""
+
+
+class StopRequest:
+    """Whether a signal asked the loop to stop at the end of the step it is in."""
+
+    def __init__(self) -> None:
+        """Start with no signal received."""
+        self.signal = 0
+        """The signal's number; 0 means none."""
+        self.hurry = False
+        """Whether a second one came: nothing is waited for any more."""
+        self._interrupts = False
+
+    def note(self, number: int) -> bool:
+        """Take a signal in and tell whether it must act at once; raises Interrupted inside `interruptible`."""
+        if self.signal in (signal.SIGTERM, signal.SIGINT):
+            self.hurry = self.hurry or number != signal.SIGALRM
+            return self.hurry
+        # The time limit is not a person's word: a SIGTERM after it is the first, and says how the run ended.
+        self.signal = number
+        if self._interrupts:
+            self._interrupts = False
+            raise Interrupted
+        return False
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise Interrupted as soon as there is a request, one that came before included."""
+        if self.signal:
+            raise Interrupted
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[StopRequest]:
+    """Yield a StopRequest that SIGTERM, Ctrl-C or the time limit sets; a second signal does what it did before."""
+    request = StopRequest()
+    before: dict[int, object] = {}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if request.note(number):
+            signal.signal(number, before[number] or signal.SIG_DFL)  # type: ignore[arg-type]
+            signal.raise_signal(number)
+
+    with contextlib.suppress(ValueError):  # not the main thread: the embedding program owns the signals
+        for number in SIGNALS:
+            before[int(number)] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+
+
+def raise_if_stopped(request: StopRequest, step: int) -> None:
+    """Raise Stopped when a signal asked for it; the caller has just saved a checkpoint."""
+    if request.signal:
+        raise Stopped(request.signal, f"{_reason(request.signal)} after step {step}, checkpoint saved")
+
+
+@contextlib.contextmanager
+def stoppable(time_limit_s: float) -> Iterator[None]:
+    """Turn SIGTERM, and the end of `time_limit_s` seconds (0: none), into Stopped: the same door as Ctrl-C."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number, _reason(number) or " by SIGTERM")
+
+    before: dict[int, object] = {}
+    with contextlib.suppress(ValueError):  # not the main thread: the embedding program owns the signals
+        for number in (signal.SIGTERM, signal.SIGALRM) if time_limit_s else (signal.SIGTERM,):
+            before[int(number)] = signal.signal(number, stop)
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    try:
+        yield
+    finally:
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for known, handler in before.items():
+            signal.signal(known, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+
+
+def _reason(number: int) -> str:
+    return " at the time limit" if number == signal.SIGALRM else ""
