@@ -5,7 +5,8 @@ demo [OPTIONS]  installs what a run needs and runs recipes/tiny.toml, from raw t
 test [OPTIONS]  installs the developers' tools too, runs every check, then the tests (options go to pytest)
 check           the checks alone: format, lint, types, import contracts, generated docs, architecture
 install         makes the environment and stops
-bench, soak     the slow measurements (they are never part of the tests)
+bench NAME [OPTIONS]  one measurement of bench/, with its options; without a name, their list
+soak            the tests marked slow
 
 The environment is `.venv` in this folder. Once it is made, every command works without a network.
 """
@@ -87,11 +88,14 @@ def install(options: list[str]) -> int:
 
 
 def bench(options: list[str]) -> int:
-    """Run the benchmarks named in `options`, or list them."""
+    """Run the benchmark that the first word names with the options after it, or list them all."""
     found = sorted(path.stem for path in (ROOT / "bench").glob("*.py")) if (ROOT / "bench").is_dir() else []
     if not options:
         print(f"benchmarks: {', '.join(found)}" if found else "there are no benchmarks yet")
-    return next((code for name in options if (code := call([f"bench/{name}.py"]))), 0)
+        return 0
+    if options[0] not in found:
+        return fail(f"there is no benchmark {options[0]!r}; there are {', '.join(found) or 'none yet'}")
+    return call([f"bench/{options[0]}.py", *options[1:]])
 
 
 def soak(options: list[str]) -> int:

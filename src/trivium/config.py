@@ -86,6 +86,12 @@ Ref = Annotated[str, "ref"]
 CodeRef = Annotated[str, "code"]
 """`"module:attribute"`, naming code; its module is hashed, so that changed code is a changed run."""
 
+Given = Annotated[tuple[str, ...], "given"]
+"""The dotted names of the keys that a recipe sets itself; `build` fills it in, so that a dial can leave them alone."""
+
+Dial = Annotated[T, "dial"]
+"""A number that other fields follow from; at 0 it is off, and then no part of a run's identity (`facts`)."""
+
 InputPath = Annotated[str, "input"]
 """A file or folder of the user's (relative to the recipe), or `"module:attribute"` naming code that yields the data."""
 
@@ -195,12 +201,37 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str, default: T | N
         else:
             arguments[key] = _convert(hints[key], value, where=f"{where} {key}")
             _refuse_no_code(hints[key], arguments[key], fields[key].default, where=f"{where} {key}")
+    for key in (name for name, hint in hints.items() if hint == Given):
+        if key in values:
+            raise ConfigError(f"{where} {key}: is filled in from the recipe's own keys; leave it out")
+        arguments[key] = tuple(sorted(_names(values)))
     try:
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _names(values: Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
+    """Yield the dotted name of every key, inner tables included."""
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{key}.")
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """Return a Config as plain data for the manifest and the fingerprint, without the dials that are off.
+
+    A recipe that turns none is thus the run it was before there was a dial.
+    """
+    data: dict[str, Any] = dataclasses.asdict(config)
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        if marks and marks[0] in ("dial", "given") and not data.get(name):
+            del data[name]
+    return data
 
 
 def _refuse_no_code(hint: Any, value: Any, default: Any, *, where: str) -> None:

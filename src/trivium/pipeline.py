@@ -31,13 +31,14 @@ from trivium.config import (
     UserError,
     Waiting,
     build,
+    facts,
     is_code,
     is_disk_full,
     load_attribute,
     suggest,
 )
 from trivium.preferences.store import Store
-from trivium.records import RunManifest, sha256_file, to_dict
+from trivium.records import RunManifest, sha256_file
 from trivium.runs.manifest import (
     Run,
     code_version,
@@ -171,9 +172,8 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
     # What `auto` comes to on this machine: another machine's bf16 is another result.
     precision = str(compute_dtype(recipe.settings)).removeprefix("torch.")
     settings = {"precision": precision, "strict": recipe.settings.strict}
-    seed = recipe.settings.seed
-    facts = to_dict(config)
-    print_ = fingerprint(stage=spec.stage, config=facts, parents=parents, inputs=inputs, seed=seed, settings=settings)
+    seed, known = recipe.settings.seed, facts(config)
+    print_ = fingerprint(stage=spec.stage, config=known, parents=parents, inputs=inputs, seed=seed, settings=settings)
     run_id = f"{spec.table}-{print_[:12]}"
     manifest = RunManifest(
         run_id=run_id,
@@ -181,7 +181,7 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
         table=spec.table,
         status="running",
         fingerprint=print_,
-        config=facts,
+        config=known,
         parents=parents,
         inputs=inputs,
         settings=settings,
@@ -221,7 +221,7 @@ def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 def _mark(hint: Any) -> str | None:
     """Return the marker of `Ref`, `InputPath`, `CodeRef`, or of a tuple, a dict or an optional of them, else None."""
     metadata = getattr(hint, "__metadata__", ())
-    if metadata:
+    if metadata and metadata[0] in ("ref", "input", "code"):
         return str(metadata[0])
     return next((mark for mark in map(_mark, typing.get_args(hint)) if mark), None)
 

@@ -27,6 +27,7 @@ ABOUT = {
     "bootstrap.py": "sets up and runs: demo, test, check; standard library only (the Makefile delegates)",
     "recipes": "one TOML per scale and purpose; the order of its tables is the pipeline",
     "tests": "mirrors src/trivium, plus architecture/, end_to_end/ and faults/ (killed, cut, full)",
+    "launch": "files that start a recipe on many GPUs: Slurm, Kubernetes, SkyPilot",
     "bench": "side-by-side benchmarks; never run by the tests",
     "docs": "design, one page per subject, decisions/, LOG.md",
 }
@@ -180,13 +181,34 @@ def _default(value: ast.expr | None) -> str:
     return f"`{ast.unparse(value)}`".replace("|", "\\|")
 
 
-GENERATORS: dict[str, Callable[[Path], str]] = {"tree": tree, "cli": cli, "metrics": metrics}
+def plans(root: Path) -> str:
+    """Return the table of the plans for many GPUs."""
+    return str(importlib.import_module("trivium.training.plan").plan_table())
+
+
+def depths(root: Path) -> str:
+    """Return the table of what the `depth` dial comes to."""
+    return str(importlib.import_module("trivium.training.scaling").depth_table())
+
+
+GENERATORS: dict[str, Callable[[Path], str]] = {
+    "tree": tree,
+    "cli": cli,
+    "metrics": metrics,
+    "plans": plans,
+    "depths": depths,
+}
 ABOUT_ONE: dict[str, Callable[[Path, str], str]] = {
     "config": stage_config,
     "metrics": stage_metrics,
     "settings": settings,
 }
-REQUIRED = {"README.md": {"tree", "cli"}, "docs/metrics.md": {"metrics"}}
+REQUIRED = {
+    "README.md": {"tree", "cli"},
+    "docs/metrics.md": {"metrics"},
+    "docs/scale.md": {"plans"},
+    "docs/concepts/depth.md": {"depths"},
+}
 
 
 def make(root: Path, part: str) -> str | None:

@@ -110,6 +110,17 @@ def test_an_unknown_command_prints_the_help():
     assert done.returncode == 2 and "demo|test|check|install" in done.stdout
 
 
+def test_a_bench_gets_its_options_and_an_unknown_one_is_told(bootstrap, calls, capsys):
+    """The first word names the file, all after it belong to it."""
+    (bootstrap.ROOT / "bench").mkdir()
+    (bootstrap.ROOT / "bench" / "speed.py").write_text("")
+    assert bootstrap.bench(["speed", "--toy", "--steps", "3"]) == 0
+    assert calls() == ["bench/speed.py --toy --steps 3"]
+    assert bootstrap.bench([]) == 0 and "benchmarks: speed" in capsys.readouterr().out
+    assert bootstrap.bench(["sped"]) == 2
+    assert "no benchmark 'sped'; there are speed" in capsys.readouterr().err
+
+
 def test_continuous_integration_and_make_call_it():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "python3 bootstrap.py test" in (ROOT / ".ci" / "run").read_text()

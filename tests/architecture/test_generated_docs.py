@@ -23,8 +23,9 @@ def check(root, *options):
 def copy(tmp_path):
     """Return a small tree with fresh pages."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "docs").mkdir()
-    for page, parts in {"README.md": ("tree", "cli"), "docs/metrics.md": ("metrics",)}.items():
+    (tmp_path / "docs/concepts").mkdir(parents=True)
+    pages = {"README.md": ("tree", "cli"), "docs/metrics.md": ("metrics",)}
+    for page, parts in {**pages, "docs/scale.md": ("plans",), "docs/concepts/depth.md": ("depths",)}.items():
         blocks = [f"<!-- generated:{part} -->\n<!-- /generated -->\n" for part in parts]
         (tmp_path / page).write_text("# Page\n" + "".join(blocks))
     (tmp_path / "docs/stages").mkdir()

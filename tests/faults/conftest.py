@@ -32,7 +32,7 @@ from trivium.training import checkpoint_folder as disk
 from trivium.training.checkpoint import Checkpointer, KeepConfig
 from trivium.training.optim import OptimConfig, Optimizer
 
-CLOCK = {"train/tokens_per_s", "train/data_s", "train/checkpoint_s"}
+CLOCK = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 """Metrics that measure time, and so differ from run to run."""
 
 RECIPE = """

@@ -21,7 +21,7 @@ from trivium.records import Completion, Conversation, Message, Ranking, RunManif
 from trivium.runs.events import read_events
 from trivium.runs.manifest import Run
 
-CLOCK = {"train/tokens_per_s", "train/data_s", "train/checkpoint_s"}
+CLOCK = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 """The metrics that measure time, and so differ from run to run."""
 
 

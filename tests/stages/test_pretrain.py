@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trivium.batches import IGNORE, TokenBatch
-from trivium.config import ConfigError, UserError
+from trivium.config import ConfigError, UserError, build, facts
 from trivium.data import microworld
 from trivium.data.shards import open_shards, write_shards
 from trivium.data.tokenizer import Tokenizer
@@ -176,3 +176,68 @@ def test_a_corpus_smaller_than_a_batch_is_refused(make: Make) -> None:
     large = dataclasses.replace(CONFIG, fit=dataclasses.replace(CONFIG.fit, batch_size=9999))
     with pytest.raises(UserError, match=r"too few for one batch of 9999 rows of 32: give at least 319,968"):
         pretrain.run(large, make("small"))
+
+
+def test_depth_derives_what_the_recipe_leaves_open(
+    make: Make, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Depth 2 is 128 wide with 20 tokens a parameter; width, steps and rate of the recipe's own win and are said."""
+    run = make("dial")
+    free = pretrain.resolve(build(pretrain.Config, {"depth": 2, "context": 32}, where="here"), tiny_tokenizer, run)
+    assert (free.hidden_size, free.num_layers, free.num_heads, free.num_kv_heads) == (128, 2, 2, 1)
+    size = pretrain.model_config(free, tiny_tokenizer).num_parameters()
+    assert free.fit.steps * free.fit.batch_size * 32 == pytest.approx(20 * size, rel=0.01)
+    assert "pretrain: depth 2, hidden_size 128, num_layers 2" in capsys.readouterr().err
+    # 128 and 100 are also the defaults: a recipe that writes them means them.
+    own = {"depth": 4, "hidden_size": 128, "fit": {"steps": 100, "optim": {"lr": 0.005}}}
+    kept = pretrain.resolve(build(pretrain.Config, own, where="here"), tiny_tokenizer, run)
+    assert (kept.hidden_size, kept.num_layers, kept.num_heads, kept.fit.steps) == (128, 4, 2, 100)
+    assert (kept.fit.optim.lr, kept.depth, kept.given) == (0.005, 0, ())
+    assert kept.fit.log_every == FitConfig().log_every
+    flat = build(pretrain.Config, {"depth": 2, "num_layers": 5}, where="here")
+    assert shape(pretrain.resolve(flat, tiny_tokenizer, make("flat"))) == (128, 5, 2), "width is the dial's"
+    summary = run.finish("done").summary
+    assert summary["given"] == ["fit.optim.lr", "fit.steps", "hidden_size"]
+    assert summary["resolved"]["steps"] == 100
+    assert summary["resolved"]["batch_size"] == kept.fit.batch_size
+
+
+def shape(config: pretrain.Config) -> tuple[int, int, int]:
+    """Return width, layers and heads."""
+    return config.hidden_size, config.num_layers, config.num_heads
+
+
+def test_a_run_by_depth_is_the_run_with_its_numbers_set_by_hand(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """The same weights bit for bit: the dial fills in numbers and does nothing else."""
+    dial = {"depth": 1, "context": 32, "hidden_size": 16, "prompts": [], "fit": {"steps": 3}}
+    runs = [make("dial"), make("hand")]
+    pretrain.run(build(pretrain.Config, dial, where="here"), runs[0])
+    told = runs[0].finish("done").summary["resolved"]
+    hand = pretrain.Config(
+        context=32,
+        prompts=(),
+        **{name: told[name] for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads")},
+        fit=FitConfig(
+            steps=3, batch_size=told["batch_size"], optim=OptimConfig(lr=told["lr"], weight_decay=told["weight_decay"])
+        ),
+    )
+    pretrain.run(hand, runs[1])
+    assert equal(saved_weights(runs[0]), saved_weights(runs[1]))
+
+
+def test_a_dial_that_is_off_leaves_no_trace() -> None:
+    """Recipes from before the dial keep their fingerprints; under the dial, what is given tells runs apart."""
+    off = facts(build(pretrain.Config, {"hidden_size": 64}, where="here"))
+    assert not {"depth", "given", "tokens_per_parameter"} & set(off)
+    assert off == {k: v for k, v in dataclasses.asdict(pretrain.Config(hidden_size=64)).items() if k in off}
+    on = [facts(build(pretrain.Config, {"depth": 2, **own}, where="here")) for own in ({}, {"hidden_size": 128})]
+    assert on[0] != on[1]
+
+
+def test_a_dial_set_wrongly_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tokens_per_parameter belongs to depth"):
+        pretrain.Config(tokens_per_parameter=5.0)
+    with pytest.raises(ConfigError, match="given: is filled in"):
+        build(pretrain.Config, {"depth": 2, "given": ["fit.steps"]}, where="here")
+    with pytest.raises(ConfigError, match="depth = -1"):
+        pretrain.Config(depth=-1)

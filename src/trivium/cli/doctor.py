@@ -8,8 +8,7 @@ import platform
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +77,7 @@ def _torch_facts(options: Options) -> Iterator[tuple[str, str, bool]]:
         import torch
 
         from trivium.training.distributed import compute_dtype, device_of, num_cores
+        from trivium.training.peak import SIDES, matrix_flops
     except ImportError as error:
         yield "torch", f"cannot be imported: {error}", False
         return
@@ -93,22 +93,10 @@ def _torch_facts(options: Options) -> Iterator[tuple[str, str, bool]]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     yield "device", f"{device} ({name})", True
     chosen = compute_dtype(settings)
-    speeds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, device=device, dtype=dtype)
-
-        def multiply(matrix: torch.Tensor = matrix) -> None:
-            _ = (matrix @ matrix)[0, 0].item()
-
-        speeds.append(f"{str(dtype).removeprefix('torch.')} {2 * 768**3 * _rate(multiply) / 1e9:,.0f} GFLOP/s")
-    yield "precision", f"{str(chosen).removeprefix('torch.')} ({', '.join(speeds)} on a 768 x 768 product)", True
-
-
-def _rate(work: Callable[[], None], seconds: float = 0.15) -> float:
-    """Return how often per second `work` ran over about `seconds`, after one run to warm up."""
-    work()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        work()
-        count += 1
-    return count / (time.perf_counter() - began)
+    peaks = {dtype: matrix_flops(device, dtype, torch.get_num_threads()) for dtype in (torch.float32, torch.bfloat16)}
+    speeds = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items()
+    )
+    side = SIDES[device.type]
+    yield "precision", f"{str(chosen).removeprefix('torch.')} ({speeds} on a {side} x {side} product)", True
+    yield "peak", f"{peaks[chosen] / 1e12:.2f} TFLOP/s, what train/mfu is a share of", True

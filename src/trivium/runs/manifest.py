@@ -162,6 +162,10 @@ class Run:
         """Add facts to the manifest's summary (JSON-able: names, counts, small tables)."""
         self._summary.update(facts)
 
+    def machine(self, **facts: Any) -> None:
+        """Add facts about the machine, which a rerun elsewhere need not share, to the manifest's `host`."""
+        self.manifest = dataclasses.replace(self.manifest, host={**self.manifest.host, **facts})
+
     def spend(self, *, tokens: int = 0, flops: float = 0.0) -> None:
         """Add to the run's cost."""
         self._cost = dataclasses.replace(self._cost, tokens=self._cost.tokens + tokens, flops=self._cost.flops + flops)

@@ -10,14 +10,16 @@ Watch   train/loss and eval/bits_per_byte fall together; samples turn from noise
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import ConfigError, Ref, UserError, bounds
+from trivium.config import ConfigError, Dial, Given, Ref, UserError, bounds
 from trivium.data.loader import PretrainLoader
 from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
@@ -31,6 +33,13 @@ from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.rollout import chunks
+from trivium.training.scaling import budget_of, shape_of
+
+DERIVED = frozenset("hidden_size num_layers num_heads num_kv_heads fit.steps fit.batch_size".split()) | {
+    "fit.optim.lr",
+    "fit.optim.weight_decay",
+}
+"""What `depth` decides, where the recipe does not."""
 
 HELDOUT_TOKENS = 50_000
 """Held-out tokens that each evaluation reads: enough for two digits, little enough not to be felt."""
@@ -42,6 +51,10 @@ class Config:
 
     corpus: Ref = "train_tokenizer@latest"
     """The run whose shards and tokenizer are used."""
+    depth: Dial[int] = 0
+    """One dial: layers, from which every size, the batch, the learning rate and the steps follow unless set; 0: off."""
+    tokens_per_parameter: Dial[float] = 0.0
+    """With `depth`: training tokens per parameter; 0 means 20, the compute-optimal number. More makes small models."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
@@ -68,9 +81,15 @@ class Config:
     """Beginnings that are continued at each evaluation."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop."""
+    given: Given = ()
+    """With `depth`: the fields that the recipe sets and the dial leaves alone; filled in, not to be written."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that no Transformer has."""
+        bounds(self, depth=(0, 1000), tokens_per_parameter=(0, None))
+        object.__setattr__(self, "given", tuple(name for name in self.given if self.depth and name in DERIVED))
+        if self.tokens_per_parameter and not self.depth:
+            raise ConfigError("tokens_per_parameter belongs to depth; set depth too, or set fit.steps instead")
         bounds(
             self,
             hidden_size=(8, None),
@@ -79,6 +98,8 @@ class Config:
             num_kv_heads=(1, None),
             context=(8, None),
         )
+        if self.depth:  # the shape is only known once the dial's part is filled in: see `resolve`
+            return
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"hidden_size = {self.hidden_size} must divide by num_heads = {self.num_heads}, "
@@ -96,6 +117,7 @@ def run(config: Config, run: Run) -> None:
     """Train from random weights and save the base model."""
     corpus = run.parent("corpus")
     tokenizer = Tokenizer.load(corpus / "tokenizer")
+    config = resolve(config, tokenizer, run)
     train = open_shards(corpus / "shards" / "train", tokenizer.fingerprint)
     heldout = open_shards(corpus / "shards" / "heldout", tokenizer.fingerprint).head(HELDOUT_TOKENS)
     check_size(train, config)
@@ -136,6 +158,44 @@ def run(config: Config, run: Run) -> None:
     )
     tokenizer.save(run.dir / "model")
     save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
+
+
+def resolve(config: Config, tokenizer: Tokenizer, run: Run) -> Config:
+    """Return the Config with what `depth` decides filled in (itself at depth 0), said in one line and in the summary.
+
+    What a recipe sets itself stays as it is, and the rest follows from that: a width of one's own has its own batch,
+    learning rate and number of steps.
+    """
+    if not config.depth:
+        return config
+    fit, optim = config.fit, config.fit.optim
+    wide, heads = (getattr(config, name) if name in config.given else 0 for name in ("hidden_size", "num_heads"))
+    shape = asdict(shape_of(config.depth, wide, heads))
+    free = {name: value for name, value in shape.items() if name not in config.given}
+    sized = replace(config, depth=0, tokens_per_parameter=0.0, **free)
+    own = {name: value for name, value in _budget_fields(fit).items() if name in config.given}
+    budget = budget_of(
+        model_config(sized, tokenizer),
+        config.context,
+        config.tokens_per_parameter,
+        **{name.rpartition(".")[2]: value for name, value in own.items()},
+    )
+    optim = replace(optim, lr=budget.lr, weight_decay=budget.weight_decay)
+    resolved = replace(sized, fit=replace(fit, steps=budget.steps, batch_size=budget.batch_size, optim=optim))
+    told = {"depth": config.depth, **{name: getattr(resolved, name) for name in shape}, **asdict(budget)}
+    run.note(resolved=told, given=list(config.given))
+    print(f"{run.manifest.table}: " + ", ".join(f"{name} {value:,}" for name, value in told.items()), file=sys.stderr)
+    return resolved
+
+
+def _budget_fields(fit: FitConfig) -> dict[str, Any]:
+    """Return what `depth` decides of the loop, by the names in `given`."""
+    return {
+        "fit.batch_size": fit.batch_size,
+        "fit.steps": fit.steps,
+        "fit.optim.lr": fit.optim.lr,
+        "fit.optim.weight_decay": fit.optim.weight_decay,
+    }
 
 
 def check_size(train: Shards, config: Config) -> None:

@@ -21,6 +21,7 @@ from trivium.training.checkpoint_folder import KeepConfig
 from trivium.training.distributed import autocast
 from trivium.training.guard import Guard, GuardConfig
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.peak import peak_flops
 from trivium.training.schedule import lr_scale
 from trivium.training.step import B, Objective, StepResult, train_step
 from trivium.training.stopping import Interrupted
@@ -77,6 +78,8 @@ def fit(
     fitting = _Fitting(run, model, config, evaluate)
     start = fitting.resume()
     saver = fitting.saver
+    if flops_per_item and tokens_in:
+        run.machine(peak_flops=peak_flops(run.settings))  # before the first step, so that no step waits for it
     with saver, run.progress("training", config.steps - start) as advance:
         meter = _Meter(saver)
         for step in range(start, config.steps):
@@ -91,7 +94,10 @@ def fit(
             done = step + 1
             last = done == config.steps
             if last or done % config.log_every == 0:
-                _log(run, result, config.optim.lr * scale, meter.read(), done)
+                read = meter.read()
+                if flops_per_item and "train/tokens_per_s" in read:
+                    read["train/mfu"] = read["train/tokens_per_s"] * flops_per_item / peak_flops(run.settings)
+                _log(run, result, config.optim.lr * scale, read, done)
             best = None
             if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
                 best = fitting.look(done)

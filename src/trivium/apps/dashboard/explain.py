@@ -127,6 +127,7 @@ METRICS: dict[str, str] = {
     "train/lr": "Learning rate: the size of the steps, warmed up and then lowered.",
     "train/grad_norm": "Length of the gradient before clipping. Spikes mean that a batch was a shock.",
     "train/tokens_per_s": "Tokens trained per second.",
+    "train/mfu": "Share of the machine's measured matrix-product speed that training uses (model FLOPs utilisation).",
     "train/data_s": "Seconds that the loop waited for its batches since the last logged step.",
     "train/checkpoint_s": "Seconds that the loop gave to saving checkpoints since the last logged step.",
     "train/skipped": "Steps passed over because the gradient was not finite, or a spike.",
