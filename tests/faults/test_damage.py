@@ -54,7 +54,7 @@ def pristine(tmp_path: Path) -> Pristine:
 
 
 @pytest.mark.parametrize("seed", [3])
-@repeated(flips=(45, 200))
+@repeated(flips=(30, 200))
 def test_r2_every_single_flipped_bit_is_found(
     pristine: Pristine, capsys: pytest.CaptureFixture[str], seed: int, flips: int
 ) -> None:
@@ -91,7 +91,7 @@ def test_r2_no_bit_of_the_list_of_checksums_is_free(pristine: Pristine, capsys: 
 
 
 @pytest.mark.parametrize("seed", [4])
-@repeated(cuts=(15, 100))
+@repeated(cuts=(12, 100))
 def test_r3_every_truncation_is_found(
     pristine: Pristine, capsys: pytest.CaptureFixture[str], seed: int, cuts: int
 ) -> None:

@@ -25,7 +25,7 @@ TRAINED = pytest.mark.parametrize("table", ["pretrain", "sft"])
 
 @TRAINED
 @pytest.mark.parametrize("seed", [1])
-@repeated(kills=(5, 50))
+@repeated(kills=(4, 50))
 def test_r1_killed_at_random_instants(whole: Workspace, tmp_path: Path, table: str, seed: int, kills: int) -> None:
     """SIGKILL: weights equal to the bit, logs but for clock times, nothing to do by hand, nothing left over."""
     rng = random.Random(seed)
@@ -46,7 +46,7 @@ def test_r1_killed_at_random_instants(whole: Workspace, tmp_path: Path, table: s
 
 @TRAINED
 @pytest.mark.parametrize("seed", [2])
-@repeated(signals=(4, 20))
+@repeated(signals=(3, 20))
 def test_r5_asked_to_stop_at_random_instants(
     whole: Workspace, tmp_path: Path, table: str, seed: int, signals: int
 ) -> None:
