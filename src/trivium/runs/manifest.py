@@ -74,11 +74,24 @@ class Run:
     """
 
     def __init__(
-        self, manifest: RunManifest, *, folder: Path, workspace: Path, settings: RunSettings, base: Path
+        self,
+        manifest: RunManifest,
+        *,
+        folder: Path,
+        workspace: Path,
+        settings: RunSettings,
+        base: Path,
+        home: Path | None = None,
     ) -> None:
-        """Make the folder if need be and open the log; `base` is what relative input paths start from."""
+        """Make the folder if need be and open the log; `base` is what relative input paths start from.
+
+        Of several ranks the first owns the run. The others write into a `folder` that is thrown away, and `home` is
+        the owner's, where checkpoints are read.
+        """
         self.manifest = manifest
         self.dir = folder
+        self.home = home or folder
+        self.owner = self.home == folder
         self.workspace = workspace
         self.settings = settings
         self.base = base
@@ -175,6 +188,9 @@ class Run:
 
         Yields `advance(n=1, **facts)`.
         """
+        if not self.owner:
+            yield lambda n=1, **facts: None
+            return
         with show_progress(f"{self.manifest.table}: {label}", total) as advance:
             yield advance
 
@@ -191,7 +207,8 @@ class Run:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take `state()` back: cut the logs to their length then and go on counting from the cost then."""
-        self.events.truncate(dict(state["offsets"]))
+        if self.owner:
+            self.events.truncate(dict(state["offsets"]))
         self._cost = from_dict(Cost, state["cost"])
         self._started = time.monotonic()
         self._energy = energy_joules()

@@ -28,9 +28,10 @@ from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
-from trivium.training.distributed import device_of, world
+from trivium.training.distributed import data_world, device_of
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def run(config: Config, run: Run) -> None:
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     train, heldout = judgements.train, judgements.heldout
     loader = RowLoader(len(train), config.fit.batch_size, run.seed)
-    rank, size = world()
+    rank, size = data_world(run.settings)
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
         rows = loader.rows(step, rank, size)
@@ -112,11 +113,16 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * backbone.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
-    report(run, model, judgements, tokenizer.pad_id)
-    mean, std = calibrate(model, train, tokenizer.pad_id)
-    run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        report(run, model, judgements, tokenizer.pad_id)
+        mean, std = calibrate(model, train, tokenizer.pad_id)
+        run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
+        tokenizer.save(run.dir / "model")
+        save_model(
+            run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id
+        )
 
 
 def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:

@@ -30,8 +30,9 @@ from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, data_world, device_of
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
 
 
@@ -70,7 +71,7 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     model = load_model(run.model("init"), device=device)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
-    rank, size = world()
+    rank, size = data_world(run.settings)
 
     def batches(step: int) -> Sequence[TokenBatch]:
         rows = loader.rows(step, rank, size)
@@ -92,19 +93,22 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int((part.input_ids != tokenizer.pad_id).sum()) for part in parts),
     )
-    show_masks(run, tokenizer, train)
-    run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
-    run.note(
-        steps=config.fit.steps,
-        num_parameters=model.config.num_parameters(),
-        data=facts["data"],
-        skipped_too_long=facts["too_long"],
-        skipped_untrained=facts["untrained"],
-        prompt_diversity=facts["diversity"],
-        epochs=config.fit.steps * config.fit.batch_size / len(train),
-    )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        show_masks(run, tokenizer, train)
+        run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
+        run.note(
+            steps=config.fit.steps,
+            num_parameters=model.config.num_parameters(),
+            data=facts["data"],
+            skipped_too_long=facts["too_long"],
+            skipped_untrained=facts["untrained"],
+            prompt_diversity=facts["diversity"],
+            epochs=config.fit.steps * config.fit.batch_size / len(train),
+        )
+        tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
 Row = tuple[list[int], list[bool]]

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from trivium.records import atomic_write, fsync_folder, sha256_file
 from trivium.runs.manifest import Run
+from trivium.training.distributed import barrier, decide
 from trivium.training.optim import Optimizer
+from trivium.training.parallel import copy_whole, whole_tensor
 
 KEEP = 2
 """How many whole checkpoints stay: the newest, and one to fall back to."""
@@ -44,18 +46,27 @@ def save_checkpoint(
     optimizers: Mapping[str, Optimizer],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint of the run after `step` steps; older ones beyond KEEP are removed once it is whole."""
+    """Write a checkpoint of the run after `step` steps; older ones beyond KEEP are removed once it is whole.
+
+    All ranks must call it: sharded tensors are gathered from them, and rank 0 writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        # named_parameters names a tied weight once; safetensors refuses shared storage.
+        tensors |= {f"{name}/{key}": whole_tensor(value.detach()) for key, value in module.named_parameters()}
+    for name, optimizer in optimizers.items():
+        tensors |= {f"{name}#optimizer/{key}": whole_tensor(value) for key, value in optimizer.tensors().items()}
+    if run.owner:
+        _write(run, step, tensors, state)
+    barrier()
+
+
+def _write(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
     folder = run.dir / "checkpoints"
     target, aside = folder / f"{step:08d}", folder / f"{step:08d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        tensors: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            # named_parameters names a tied weight once; safetensors refuses shared storage.
-            tensors |= {f"{name}/{key}": value.detach() for key, value in module.named_parameters()}
-        for name, optimizer in optimizers.items():
-            tensors |= {f"{name}#optimizer/{key}": value for key, value in optimizer.tensors().items()}
         # Cloned, because an optimizer may hold several views of one storage.
         save_file(
             {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
@@ -81,24 +92,34 @@ def resume(run: Run, *, modules: Mapping[str, nn.Module], optimizers: Mapping[st
     """Load the newest whole checkpoint of the run into the modules and optimizers and return it, or None.
 
     The run's logs are cut back to it. A damaged one is named, set aside as `*.damaged`, and the one before is used.
+    Of several ranks, rank 0 picks the checkpoint; a sharded module takes its shards of it, however it was sharded when
+    it was written.
     """
-    folder = run.dir / "checkpoints"
-    for path in reversed(_names(folder)):
+    read: dict[str, tuple[Checkpoint, Mapping[str, Any]]] = {}
+    newest = decide(lambda: _newest_whole(run, read))
+    if newest is None:
+        run.events.truncate({"events": 0, "specimens": 0})
+        return None
+    checkpoint, run_state = read.get(newest) or _read(run.home / "checkpoints" / newest, run.manifest.fingerprint)
+    for name, module in modules.items():
+        parameters = dict(module.named_parameters())
+        for key, value in _under(checkpoint.tensors, f"{name}/").items():
+            copy_whole(parameters[key], value)
+    for name, optimizer in optimizers.items():
+        optimizer.load_tensors(_under(checkpoint.tensors, f"{name}#optimizer/"))
+    run.restore(run_state)
+    return checkpoint
+
+
+def _newest_whole(run: Run, read: dict[str, tuple[Checkpoint, Mapping[str, Any]]]) -> str | None:
+    """Return the name of the newest checkpoint that is whole, now in `read`; those that are not are set aside."""
+    for path in reversed(_names(run.home / "checkpoints")):
         try:
-            checkpoint, run_state = _read(path, run.manifest.fingerprint)
+            read[path.name] = _read(path, run.manifest.fingerprint)
+            return path.name
         except (OSError, ValueError, KeyError) as error:
             print(f"{path}: damaged ({error}); the checkpoint before it is used", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
-            continue
-        for name, module in modules.items():
-            parameters = dict(module.named_parameters())
-            for key, value in _under(checkpoint.tensors, f"{name}/").items():
-                parameters[key].data.copy_(value)
-        for name, optimizer in optimizers.items():
-            optimizer.load_tensors(_under(checkpoint.tensors, f"{name}#optimizer/"))
-        run.restore(run_state)
-        return checkpoint
-    run.events.truncate({"events": 0, "specimens": 0})
     return None
 
 

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from trivium.config import Stopped, UserError, bounds
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import resume, save_checkpoint
-from trivium.training.distributed import autocast
+from trivium.training.distributed import all_reduce_max, all_reduce_sum, autocast, check_shares
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.parallel import spread, whole
 from trivium.training.schedule import lr_scale
 from trivium.training.step import B, Objective, StepResult, train_step
 
@@ -56,6 +58,11 @@ class StopRequest:
     def __init__(self) -> None:
         """Start with no signal received."""
         self.signal = 0
+
+    def agreed(self) -> int:
+        """Return the signal, if any of the ranks received one: they must stop after the same step."""
+        self.signal = all_reduce_max(self.signal)
+        return self.signal
 
 
 @contextlib.contextmanager
@@ -104,6 +111,8 @@ def fit(
     `evaluate(step)` returns metrics to log. `flops_per_item` are the training FLOPs of one token of a micro-batch.
     Raises UserError when training diverges and Stopped after a signal.
     """
+    check_shares(run.settings, batch_size=config.batch_size)
+    objective = spread(model, objective, run.settings)
     optimizer = Optimizer(model, config.optim)
     checkpoint = resume(run, modules={"model": model}, optimizers={"model": optimizer})
     start = checkpoint.step if checkpoint else 0
@@ -115,7 +124,7 @@ def fit(
             scale = lr_scale(config.optim.schedule, step, config.steps)
             model.train()
             result = train_step(objective, batches, optimizer, lr_scale=scale, precision=autocast(run.settings))
-            num_tokens = tokens_in(batches) if tokens_in else 0
+            num_tokens = int(all_reduce_sum(torch.tensor(tokens_in(batches)))) if tokens_in else 0
             tokens_since += num_tokens
             run.spend(tokens=num_tokens, flops=flops_per_item * num_tokens)
             skipped = skipped + 1 if result.skipped else 0
@@ -130,10 +139,11 @@ def fit(
                 clock, tokens_since = time.monotonic(), 0
             if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
                 model.eval()
-                for name, value in evaluate(done).items():
-                    run.metric(name, value, done)
+                with whole(model):
+                    for name, value in evaluate(done).items() if run.owner else ():
+                        run.metric(name, value, done)
             advance(loss=result.loss)
-            if stop.signal or (done % config.save_every == 0 and done < config.steps):
+            if stop.agreed() or (done % config.save_every == 0 and done < config.steps):
                 save_checkpoint(run, done, modules={"model": model}, optimizers={"model": optimizer})
             raise_if_stopped(stop, done)
     model.eval()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.config import bounds, one_of
+from trivium.training.parallel import clip_gradients, muon_class, shard_like
 from trivium.training.schedule import ScheduleConfig
 
 
@@ -75,7 +76,7 @@ class Optimizer:
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
         if hidden and config.kind == "muon":
-            muon = torch.optim.Muon(
+            muon = muon_class(hidden)(
                 hidden,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
@@ -110,7 +111,7 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Return the global gradient norm (before clipping) and clip it to `grad_clip`."""
         limit = self.config.grad_clip if self.config.grad_clip > 0 else float("inf")
-        return nn.utils.clip_grad_norm_(self.parameters, limit)
+        return clip_gradients(self.parameters, limit)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as flat named tensors, for a checkpoint."""
@@ -124,9 +125,10 @@ class Optimizer:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
+            owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for name, value in _under(flat, f"{number}."):
                 index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = value
+                state.setdefault(int(index), {})[key] = shard_like(owners[int(index)], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
