@@ -107,8 +107,6 @@ class RunSettings:
     """Whether a malformed input line is fatal instead of counted."""
     parallel: str = "ddp"
     """Under torchrun: `ddp` keeps the whole model on every rank, `fsdp` shards it over them. Results do not change."""
-    tensor_parallel: int = 1
-    """Under torchrun with `fsdp`: how many neighbouring ranks share each matrix; divides ranks and key/value heads."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
     rank_timeout_s: int = 1800
@@ -117,9 +115,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
         one_of(self, precision=("auto", "fp32", "bf16"), parallel=("ddp", "fsdp"))
-        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), tensor_parallel=(1, None), rank_timeout_s=(1, None))
-        if self.tensor_parallel > 1 and self.parallel != "fsdp":
-            raise ConfigError(f'tensor_parallel = {self.tensor_parallel}: needs parallel = "fsdp"')
+        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), rank_timeout_s=(1, None))
 
 
 @dataclass(frozen=True, kw_only=True)

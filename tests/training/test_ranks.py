@@ -303,8 +303,8 @@ def test_a_batch_too_small_to_share_is_refused(monkeypatch: pytest.MonkeyPatch) 
     """Three rows for four ranks: a sentence that names the field, not a hang of the rank without rows."""
     monkeypatch.setattr(distributed, "world", lambda: (0, 4))
     with pytest.raises(ConfigError, match="batch_size = 3 rows cannot be shared by 4 ranks"):
-        distributed.check_shares(SETTINGS["ddp"], batch_size=3)
-    distributed.check_shares(SETTINGS["ddp"], batch_size=4)
+        distributed.check_shares(batch_size=3)
+    distributed.check_shares(batch_size=4)
 
 
 def test_a_part_of_the_prompts_draws_with_its_own_numbers() -> None:

@@ -141,7 +141,7 @@ class Trainer:
         self.loader = RowLoader(len(self.prompts), min(config.prompts_per_round, len(self.prompts)), run.seed)
         groups = torch.arange(self.loader.batch_size).chunk(config.minibatches)
         smallest = {"the smallest minibatch": len(groups[-1]) * config.group_size}
-        check_shares(run.settings, prompts_per_round=self.loader.batch_size, **smallest)
+        check_shares(prompts_per_round=self.loader.batch_size, **smallest)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
         """Return the prompt of each completion (a group is consecutive) and the sampled completions."""

@@ -149,7 +149,7 @@ class Trainer:
     def __init__(self, config: Config, run: Run) -> None:
         """Load the models and the prompts; raises UserError when there are none."""
         self.config, self.run = config, run
-        check_shares(run.settings, **{"batch_size / minibatches": config.batch_size // config.minibatches})
+        check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
         device = device_of(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)

@@ -27,7 +27,7 @@ from trivium.models.generate import generate
 from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, data_world, device_of
+from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -105,7 +105,7 @@ def run(config: Config, run: Run) -> None:
     model.init_weights(run.seed)
     model.to(device)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
-    rank, size = data_world(run.settings)
+    rank, size = world()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         batch = to_device(loader.batch(step, rank, size), device)

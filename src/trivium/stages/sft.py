@@ -30,7 +30,7 @@ from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, data_world, device_of
+from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -71,7 +71,7 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     model = load_model(run.model("init"), device=device)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
-    rank, size = data_world(run.settings)
+    rank, size = world()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         rows = loader.rows(step, rank, size)

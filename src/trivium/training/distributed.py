@@ -240,17 +240,9 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def data_world(settings: RunSettings) -> tuple[int, int]:
-    """Return (share, shares): which part of every batch is this rank's; tensor-parallel neighbours share one."""
-    rank, size = world()
-    if size == 1:
-        return 0, 1
-    return rank // settings.tensor_parallel, size // settings.tensor_parallel
-
-
-def check_shares(settings: RunSettings, **sizes: int) -> None:
+def check_shares(**sizes: int) -> None:
     """Raise ConfigError when a named batch has fewer rows than there are ranks to share it."""
-    shares = data_world(settings)[1]
+    shares = world()[1]
     for name, size in sizes.items():
         if size < shares:
             raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} ranks; raise it, or use fewer ranks")

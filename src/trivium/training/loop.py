@@ -56,12 +56,15 @@ class StopRequest:
     """Whether a signal asked the loop to stop at the end of the step it is in."""
 
     def __init__(self) -> None:
-        """Start with no signal received."""
-        self.signal = 0
+        """Start with no signal received; `signal` is what all ranks know of, once they have `agreed`."""
+        self.received = self.signal = 0
 
     def agreed(self) -> int:
-        """Return the signal, if any of the ranks received one: they must stop after the same step."""
-        self.signal = all_reduce_max(self.signal)
+        """Return the signal, if any of the ranks received one: they must stop after the same step.
+
+        One that arrives while they agree is still in `received` for the next time, on this rank alone until then.
+        """
+        self.signal = all_reduce_max(self.received)
         return self.signal
 
 
@@ -72,7 +75,7 @@ def graceful_stop() -> Iterator[StopRequest]:
     before: dict[int, object] = {}
 
     def note(number: int, _: object) -> None:
-        request.signal = number
+        request.received = number
         signal.signal(number, before[number])  # type: ignore[arg-type]
 
     try:
@@ -111,7 +114,7 @@ def fit(
     `evaluate(step)` returns metrics to log. `flops_per_item` are the training FLOPs of one token of a micro-batch.
     Raises UserError when training diverges and Stopped after a signal.
     """
-    check_shares(run.settings, batch_size=config.batch_size)
+    check_shares(batch_size=config.batch_size)
     objective = spread(model, objective, run.settings)
     optimizer = Optimizer(model, config.optim)
     checkpoint = resume(run, modules={"model": model}, optimizers={"model": optimizer})

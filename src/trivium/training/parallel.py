@@ -1,4 +1,4 @@
-"""One model on many ranks: gradients are summed over them, weights replicated (DDP) or sharded (FSDP2, DTensor).
+"""One model on many ranks: gradients are summed over them, weights replicated (DDP) or sharded (FSDP2).
 
 `spread` is called before the optimizer is made, because sharding replaces the parameters. Outside of a training step
 a sharded model is used through `whole`, which puts the full weights in their place for a while: evaluation, sampling
