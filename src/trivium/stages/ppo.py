@@ -112,13 +112,6 @@ def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossO
     return LossOutput(total=loss.sum(), metrics={name: each[batch.mask].sum() for name, each in figures.items()})
 
 
-def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
-    """Return the summed clipped squared error of the value model against the returns."""
-    values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
-    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
-    return LossOutput(total=loss.sum())
-
-
 def run(config: Config, run: Run) -> None:
     """Sample, score, shape, update, record; round after round."""
     ppo = Trainer(config, run)
@@ -141,6 +134,13 @@ def run(config: Config, run: Run) -> None:
     with whole(ppo.policy):
         if run.owner:
             ppo.finish()
+
+
+def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
+    """Return the summed clipped squared error of the value model against the returns."""
+    values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
+    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
+    return LossOutput(total=loss.sum())
 
 
 class Trainer:
