@@ -116,11 +116,17 @@ class RunSettings:
     """Whether a malformed input line is fatal instead of counted."""
     time_limit_s: float = 0.0
     """Wall-clock seconds after which the command saves a checkpoint and ends with exit code 4; 0 means no limit."""
+    parallel: str = "ddp"
+    """Under torchrun: `ddp` keeps the whole model on every rank, `fsdp` shards it over them. Results do not change."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
+    rank_timeout_s: int = 1800
+    """Seconds after which a rank that waits for another in a collective gives up; not for stages that rank 0 runs."""
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"))
-        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None))
+        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"), parallel=("ddp", "fsdp"))
+        bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
 
 
 @dataclass(frozen=True, kw_only=True)

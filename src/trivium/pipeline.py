@@ -7,13 +7,13 @@ look at a folder. Everything is checked before any work starts, and one process 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -38,10 +38,11 @@ from trivium.config import (
     suggest,
 )
 from trivium.preferences.store import Store
-from trivium.records import RunManifest, sha256_file
+from trivium.records import RunManifest, from_dict, sha256_file, to_dict
 from trivium.runs.manifest import (
     Run,
     code_version,
+    drop_checkpoints,
     fingerprint,
     host_facts,
     now,
@@ -49,7 +50,8 @@ from trivium.runs.manifest import (
     write_manifest,
 )
 from trivium.runs.registry import latest_runs, resolve
-from trivium.training.distributed import compute_dtype, setup
+from trivium.runs.workspace import damage, locked
+from trivium.training.distributed import compute_dtype, decide, joined, world
 from trivium.training.stopping import stoppable
 
 
@@ -116,22 +118,46 @@ def run_recipe(
     mistake, Waiting when people have rankings to give, Stopped on SIGTERM and at the time limit.
     """
     workspace = (workspace or Path("runs") / recipe.settings.name).resolve()
-    unknown = set(only) - {spec.table for spec in recipe.stages}
-    if unknown:
-        name = sorted(unknown)[0]
-        raise ConfigError(f"{recipe.path} has no table [{name}]{suggest(name, [s.table for s in recipe.stages])}")
-    validated = configs(recipe, overrides)
-    done: dict[str, RunManifest] = {}
-    _check_references(recipe, validated, workspace, only)
-    with _lock(workspace), stoppable(recipe.settings.time_limit_s):
-        setup(recipe.settings)
-        for spec in recipe.stages:
-            if only and spec.table not in only:
-                continue
-            plan = make_plan(recipe, spec, validated[spec.table], workspace, {t: m.run_id for t, m in done.items()})
-            _check_parents(plan, workspace, checked={manifest.run_id for manifest in done.values()})
-            done[spec.table] = _carry_out(plan, recipe, workspace)
-    return done
+    with joined(recipe.settings):
+        unknown = set(only) - {spec.table for spec in recipe.stages}
+        if unknown:
+            name = sorted(unknown)[0]
+            raise ConfigError(f"{recipe.path} has no table [{name}]{suggest(name, [s.table for s in recipe.stages])}")
+        validated = configs(recipe, overrides)
+        done: dict[str, RunManifest] = {}
+        _check_references(recipe, validated, workspace, only)
+        # One process owns the workspace: the first of several ranks.
+        with (
+            locked(workspace) if world()[0] == 0 else contextlib.nullcontext(),
+            stoppable(recipe.settings.time_limit_s),
+        ):
+            for spec in recipe.stages:
+                if not only or spec.table in only:
+                    done[spec.table] = _stage(recipe, spec, validated[spec.table], workspace, done)
+        return done
+
+
+def _stage(
+    recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, done: Mapping[str, RunManifest]
+) -> RunManifest:
+    """Skip, resume or run one stage, as rank 0 decides; a stage without an `objective` is rank 0's alone."""
+    module = stage_module(spec.stage)
+    folder = workspace / spec.table
+
+    def plan_it() -> dict[str, Any]:
+        plan = make_plan(recipe, spec, config, workspace, {t: m.run_id for t, m in done.items()})
+        _check_parents(plan, workspace, checked={manifest.run_id for manifest in done.values()})
+        needed, manifest = _verdict(plan, workspace)
+        return {"needed": needed, "manifest": to_dict(manifest)}
+
+    decided = decide(plan_it)
+    manifest = from_dict(RunManifest, decided["manifest"])
+    if not decided["needed"]:
+        return manifest
+    plan = Plan(spec=spec, module=module, config=config, manifest=manifest, folder=folder / manifest.run_id)
+    if hasattr(module, "objective"):
+        return _execute(plan, recipe, workspace)
+    return from_dict(RunManifest, decide(lambda: to_dict(_execute(plan, recipe, workspace))))
 
 
 def _check_references(recipe: Recipe, validated: Mapping[str, Any], workspace: Path, only: Sequence[str]) -> None:
@@ -199,9 +225,9 @@ def _check_parents(plan: Plan, workspace: Path, *, checked: Collection[str]) -> 
     for run_id in set(plan.manifest.parents.values()) - set(checked):
         folder = workspace / run_id.rsplit("-", 1)[0] / run_id
         manifest = None if os.sep in run_id else read_manifest(folder)
-        damage = _damage(folder, manifest) if manifest else None
-        if damage:
-            raise UserError(f"{plan.spec.table} needs {run_id}, but {damage}; `trivium run` makes that run again")
+        wrong = damage(folder, manifest) if manifest else None
+        if wrong:
+            raise UserError(f"{plan.spec.table} needs {run_id}, but {wrong}; `trivium run` makes that run again")
 
 
 def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -227,10 +253,7 @@ def _mark(hint: Any) -> str | None:
 
 
 def _parent_inputs(workspace: Path, field: str, run_id: str) -> dict[str, str]:
-    """Return what a parent stands for beyond its fingerprint.
-
-    For a run that is judgements, which people add after it is done; for a folder from elsewhere, its content.
-    """
+    """Return what its fingerprint does not say of a parent: judgements added since, a foreign folder's content."""
     if os.sep in run_id:
         files = [p for p in sorted(Path(run_id).iterdir()) if p.suffix in {".json", ".jinja", ".safetensors"}]
         return {run_id: _hash_files(files)}
@@ -274,31 +297,46 @@ def _hash_files(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(f"{p.name} {sha256_file(p)}\n" for p in paths).encode()).hexdigest()
 
 
-def _carry_out(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
-    """Skip, resume or run one stage; says which and why."""
+def _verdict(plan: Plan, workspace: Path) -> tuple[bool, RunManifest]:
+    """Return whether the stage has to run, and its manifest (the finished one if not); says which and why."""
     previous = read_manifest(plan.folder)
     if previous is not None and previous.status == "done":
-        damage = _damage(plan.folder, previous)
-        if damage is None:
+        wrong = damage(plan.folder, previous)
+        if wrong is None:
+            drop_checkpoints(plan.folder)  # a kill may have come between its last manifest and this
             _say(f"{plan.spec.table}: done ({previous.run_id}), skipped")
-            return previous
-        _say(f"{plan.spec.table}: {damage}, so it runs again")
+            return False, previous
+        _say(f"{plan.spec.table}: {wrong}, so it runs again")
         shutil.rmtree(plan.folder)
     elif (plan.folder / "checkpoints").is_dir():
         # Checkpoints know which run they are of, so a manifest that was damaged does not cost the work.
         was = previous.status if previous else "left without a manifest that can be read"
         _say(f"{plan.spec.table}: was {was}, resumes ({plan.manifest.run_id})")
         if previous:
-            plan = replace(plan, manifest=replace(plan.manifest, started_at=previous.started_at, cost=previous.cost))
+            return True, replace(plan.manifest, started_at=previous.started_at, cost=previous.cost)
     else:
         if plan.folder.exists():
             shutil.rmtree(plan.folder)
         _say(f"{plan.spec.table}: runs ({plan.manifest.run_id}), {_reason(plan, workspace)}")
-    return _execute(plan, recipe, workspace)
+    return True, plan.manifest
 
 
 def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
-    run = Run(plan.manifest, folder=plan.folder, workspace=workspace, settings=recipe.settings, base=recipe.base)
+    """Run one stage and return its final manifest; another rank than the first writes into a folder that goes."""
+    first = world()[0] == 0
+    with contextlib.nullcontext(plan.folder) if first else tempfile.TemporaryDirectory(prefix="trivium-") as folder:
+        run = Run(
+            plan.manifest,
+            folder=Path(folder),
+            workspace=workspace,
+            settings=recipe.settings,
+            base=recipe.base,
+            home=plan.folder,
+        )
+        return _run_stage(plan, run)
+
+
+def _run_stage(plan: Plan, run: Run) -> RunManifest:
     write_manifest(run.dir, run.manifest)
     try:
         plan.module.run(plan.config, run)
@@ -319,19 +357,9 @@ def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
             ) from error
         raise
     manifest = run.finish("done")
-    _say(f"{plan.spec.table}: done in {manifest.cost.seconds:.0f} s")
+    if run.owner:
+        _say(f"{plan.spec.table}: done in {manifest.cost.seconds:.0f} s")
     return manifest
-
-
-def _damage(folder: Path, manifest: RunManifest) -> str | None:
-    """Return what is wrong with a finished run's artifacts, or None."""
-    for artifact in manifest.artifacts:
-        path = folder / artifact.path
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != artifact.bytes or sha256_file(path) != artifact.sha256:
-            return f"{path} is not what the run wrote (its SHA-256 differs)"
-    return None
 
 
 def _reason(plan: Plan, workspace: Path) -> str:
@@ -365,20 +393,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             # A manifest read back from JSON holds lists where the dataclass holds tuples.
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-@contextlib.contextmanager
-def _lock(workspace: Path) -> Iterator[None]:
-    """Hold the workspace: two pipelines writing one would overwrite each other's runs."""
-    workspace.mkdir(parents=True, exist_ok=True)
-    with (workspace / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another trivium process works in {workspace}; wait for it or name another --workspace"
-            ) from None
-        yield
 
 
 def _say(text: str) -> None:

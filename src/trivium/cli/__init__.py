@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"trivium: {' '.join(sentence.split())}", file=sys.stderr)
+    # Of several ranks the first speaks for all; one that alone found a mistake has said so before it came here.
+    if os.environ.get("RANK", "0") == "0" or not os.environ.get("MASTER_PORT"):
+        print(f"trivium: {' '.join(sentence.split())}", file=sys.stderr)
     return code
 
 

@@ -15,6 +15,7 @@ from tyro.conf import arg
 from trivium.cli.options import RunOptions, parse
 from trivium.cli.verbs import TOOLS, stage_summary
 from trivium.config import STAGES, ConfigError, Recipe, RunSettings, load_recipe, suggest
+from trivium.runs.ranks import ranks_from_environment
 
 
 def run(verb: str, rest: list[str]) -> int:
@@ -44,7 +45,7 @@ def run(verb: str, rest: list[str]) -> int:
     workspace = (options.workspace_ or Path("runs") / settings.name).resolve()
     recipe = dataclasses.replace(recipe, settings=settings)
     pipeline.run_recipe(recipe, workspace=workspace, only=only, overrides=overrides)
-    return finish(workspace)
+    return finish(workspace) if ranks_from_environment().first else 0
 
 
 def _find_recipe(rest: list[str]) -> tuple[str | None, list[str]]:

@@ -154,6 +154,7 @@ def generate(
     top_p: float = 1.0,
     stop_ids: frozenset[int] = frozenset(),
     seed: int | Sequence[int] = 0,
+    draws: Sequence[int] | None = None,
     batch_size: int | None = None,
     on_token: Callable[[int, int], bool] | None = None,
     on_done: Callable[[int], object] | None = None,
@@ -162,14 +163,15 @@ def generate(
 
     `temperature` 0 takes the likeliest token (its logprob is then the model's own, at temperature 1). `top_k` 0 and
     `top_p` 1 are off; where on, logprobs are those after the filter. Row i draws with numbers that depend on
-    (`seed`, i) only. `batch_size`: how many rows at a time (default all). `on_token(row, token)` is called for every
-    token and may return True to end that row. A row also ends at the model's context (`max_position_embeddings`).
+    (`seed`, i) only, or on (`seed`, `draws[i]`): the prompts may be part of a larger whole. `batch_size`: how many rows
+    at a time (default all). `on_token(row, token)` is called for every token and may return True to end that row. A row
+    also ends at the model's context (`max_position_embeddings`).
     `on_done(n)` is called whenever n more rows have ended, for whoever shows progress.
     Raises ValueError for a prompt that is empty or fills the context.
     """
     sampling = _Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     budgets = torch.tensor([_budget(model, prompt, max_new_tokens) for prompt in prompts], dtype=torch.long)
-    uniforms = torch.from_numpy(_uniforms(seed, len(prompts), max_new_tokens))
+    uniforms = torch.from_numpy(_uniforms(seed, draws or range(len(prompts)), max_new_tokens))
     size = batch_size or max(len(prompts), 1)
     # Rows of like length together: the less padding, the less work.
     order = (
@@ -252,7 +254,7 @@ def stream(
     """
     sampling = _Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     budget = _budget(model, prompt, max_new_tokens)
-    uniforms = torch.from_numpy(_uniforms(seed, 1, max_new_tokens))[0]
+    uniforms = torch.from_numpy(_uniforms(seed, range(1), max_new_tokens))[0]
 
     def tokens() -> Iterator[tuple[int, float]]:
         batch: _Batch | None = None
@@ -287,11 +289,13 @@ def _budget(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> i
     return min(max_new_tokens, room)
 
 
-def _uniforms(seed: int | Sequence[int], rows: int, steps: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _uniforms(
+    seed: int | Sequence[int], rows: Sequence[int], steps: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Return the numbers in [0, 1) that each row will draw with, [rows, steps]."""
     key = [seed] if isinstance(seed, int) else list(seed)
     return (
-        np.stack([np.random.default_rng([*key, row]).random(steps) for row in range(rows)])
-        if rows
+        np.stack([np.random.default_rng([*key, row]).random(steps) for row in rows])
+        if len(rows)
         else np.empty((0, steps))
     )

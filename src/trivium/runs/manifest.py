@@ -40,6 +40,8 @@ from trivium.records import (
 from trivium.runs.events import EventLog
 
 MANIFEST = "manifest.json"
+WANTED = "wanted"
+"""The empty file among the checkpoints of a finished run that are to stay."""
 PRIVATE = {"manifest.json", "events.jsonl", "specimens.jsonl", "checkpoints"}
 """What in a run's folder is not an artifact: it is rewritten, appended to, or private to the run."""
 
@@ -74,11 +76,24 @@ class Run:
     """
 
     def __init__(
-        self, manifest: RunManifest, *, folder: Path, workspace: Path, settings: RunSettings, base: Path
+        self,
+        manifest: RunManifest,
+        *,
+        folder: Path,
+        workspace: Path,
+        settings: RunSettings,
+        base: Path,
+        home: Path | None = None,
     ) -> None:
-        """Make the folder if need be and open the log; `base` is what relative input paths start from."""
+        """Make the folder if need be and open the log; `base` is what relative input paths start from.
+
+        Of several ranks the first owns the run. The others write into a `folder` that is thrown away, and `home` is
+        the owner's, where checkpoints are read.
+        """
         self.manifest = manifest
         self.dir = folder
+        self.home = home or folder
+        self.owner = self.home == folder
         self.workspace = workspace
         self.settings = settings
         self.base = base
@@ -186,6 +201,9 @@ class Run:
 
         Yields `advance(n=1, **facts)`.
         """
+        if not self.owner:
+            yield lambda n=1, **facts: None
+            return
         with show_progress(f"{self.manifest.table}: {label}", total) as advance:
             yield advance
 
@@ -202,7 +220,8 @@ class Run:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take `state()` back: cut the logs to their length then and go on counting from the cost then."""
-        self.events.truncate(dict(state["offsets"]))
+        if self.owner:
+            self.events.truncate(dict(state["offsets"]))
         self._cost = from_dict(Cost, state["cost"])
         self._started = time.monotonic()
         self._energy = energy_joules()
@@ -222,10 +241,18 @@ class Run:
             message=message,
         )
         self.events.close()
+        if status == "done" and self.keep_checkpoints and (self.dir / "checkpoints").is_dir():
+            (self.dir / "checkpoints" / WANTED).touch()
         write_manifest(self.dir, self.manifest)
-        if status == "done" and not self.keep_checkpoints:
-            shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
+        if status == "done":
+            drop_checkpoints(self.dir)
         return self.manifest
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run that is done, unless its stage wants them for more than resuming."""
+    if not (folder / "checkpoints" / WANTED).exists():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: RunManifest) -> None:

@@ -33,8 +33,9 @@ from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, Completion, Conversation, Message, Ranking, read_jsonl, write_jsonl
 from trivium.rewards.constitution import Principle, critique_prompt, load_principles, revision_prompt
 from trivium.runs.manifest import Run
-from trivium.training.distributed import device_of, world
+from trivium.training.distributed import decide, device_of, first_alone, world
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 from trivium.training.rollout import PromptSet, SampleConfig, chunks, room_for_prompt, sample
 
 
@@ -88,8 +89,9 @@ def run(config: Config, run: Run) -> None:
     folder = run.model("policy")
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device=device_of(run.settings))
-    rows = write_revisions(config, run, tokenizer, model)
-    num_ranked = rank_by_principle(config, run, rows)
+    first_alone(lambda: write_revisions(config, run, tokenizer, model))
+    rows = list(read_jsonl(run.home / "revisions.jsonl"))
+    num_ranked = decide(lambda: rank_by_principle(config, run, rows))
     revised = [row for row in rows if row["revision"].strip() and row["revision"] != row["responses"][0]]
     train = training_rows(config, run, tokenizer, revised)
     if not train:
@@ -115,28 +117,31 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int((part.input_ids != tokenizer.pad_id).sum()) for part in parts),
     )
-    # Specimens come last: the loop has cut the logs back to where its checkpoint was.
-    for row in rows[:20]:
-        facts = {"prompt": row["prompt"][-1]["content"], "response": row["responses"][0]}
-        run.specimen("revision", facts | {"critique": row["critique"], "revision": row["revision"]})
-    tokens = sum(len(r.input_ids) for r in train)
-    run.note(
-        steps=config.fit.steps,
-        num_parameters=model.config.num_parameters(),
-        collection=run.id,
-        critic=config.critic,
-        num_prompts=len(rows),
-        num_revised=len(revised),
-        kinds={config.judge_kind: num_ranked} if num_ranked else {},
-        data={
-            "name": ", ".join(config.prompts),
-            "num_prompts": len(rows),
-            "num_conversations": len(train),
-            "tokens": tokens,
-        },
-    )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        # Specimens come last: the loop has cut the logs back to where its checkpoint was.
+        for row in rows[:20]:
+            facts = {"prompt": row["prompt"][-1]["content"], "response": row["responses"][0]}
+            run.specimen("revision", facts | {"critique": row["critique"], "revision": row["revision"]})
+        tokens = sum(len(r.input_ids) for r in train)
+        run.note(
+            steps=config.fit.steps,
+            num_parameters=model.config.num_parameters(),
+            collection=run.id,
+            critic=config.critic,
+            num_prompts=len(rows),
+            num_revised=len(revised),
+            kinds={config.judge_kind: num_ranked} if num_ranked else {},
+            data={
+                "name": ", ".join(config.prompts),
+                "num_prompts": len(rows),
+                "num_conversations": len(train),
+                "tokens": tokens,
+            },
+        )
+        tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
 def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer) -> list[dict[str, Any]]:

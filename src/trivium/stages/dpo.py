@@ -33,6 +33,7 @@ from trivium.runs.manifest import Run
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.judgements import data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +126,21 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
-    final = measure(run, model, config, heldout, tokenizer.pad_id)
-    low, high = wilson_interval(final["eval/accuracy"] * len(heldout), len(heldout))
-    run.result("implicit_reward@1", "accuracy", final["eval/accuracy"], low=low, high=high, n=len(heldout))
-    run.note(
-        steps=config.fit.steps,
-        num_parameters=model.config.num_parameters(),
-        dropped=judgements.dropped,
-        kinds=judgements.kinds,
-        data=data_facts(collection, train),
-    )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        final = measure(run, model, config, heldout, tokenizer.pad_id)
+        low, high = wilson_interval(final["eval/accuracy"] * len(heldout), len(heldout))
+        run.result("implicit_reward@1", "accuracy", final["eval/accuracy"], low=low, high=high, n=len(heldout))
+        run.note(
+            steps=config.fit.steps,
+            num_parameters=model.config.num_parameters(),
+            dropped=judgements.dropped,
+            kinds=judgements.kinds,
+            data=data_facts(collection, train),
+        )
+        tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
 def completion_sums(model: Transformer, batch: PreferenceBatch, *, mean: bool) -> Tensor:

@@ -29,15 +29,17 @@ from trivium.records import Completion
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, device_of
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
     PromptSet,
     SampleConfig,
     completion_logprobs,
     log_samples,
     room_for_prompt,
-    sample,
+    rows_over_ranks,
+    sample_over_ranks,
     to_tokens,
     token_columns,
 )
@@ -104,16 +106,19 @@ def run(config: Config, run: Run) -> None:
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
             saver.check()
-            rows, generated = grpo.sample(round_)
-            rewards = grpo.reward(rows, generated)
-            batch = grpo.shape(rows, generated, rewards)
+            with whole(grpo.policy):
+                rows, generated = grpo.sample(round_)
+                rewards = grpo.reward(rows, generated)
+                batch = grpo.shape(rows, generated, rewards)
             loss = grpo.update(batch, round_)
             grpo.record(batch, rows, generated, loss, round_ + 1)
             advance(reward=float(rewards.mean()))
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
                 saver.save(round_ + 1)
             saver.leave_if_asked(round_ + 1)
-    grpo.finish()
+    with whole(grpo.policy):
+        if run.owner:
+            grpo.finish()
 
 
 class Trainer:
@@ -128,22 +133,27 @@ class Trainer:
         self.policy = load_model(folder, device=device)
         self.reference = load_model(folder, device=device).requires_grad_(False)
         self.modules = {"policy": self.policy}
+        self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
         self.rewards = [(load_attribute(name), weight) for name, weight in config.rewards.items()]
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
         longest = room_for_prompt(self.policy, config.sampling)
         self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, longest=longest)
         self.loader = RowLoader(len(self.prompts), min(config.prompts_per_round, len(self.prompts)), run.seed)
+        groups = torch.arange(self.loader.batch_size).chunk(config.minibatches)
+        smallest = {"the smallest minibatch": len(groups[-1]) * config.group_size}
+        check_shares(prompts_per_round=self.loader.batch_size, **smallest)
 
     def sample(self, round_: int) -> tuple[list[int], list[Generated]]:
         """Return the prompt of each completion (a group is consecutive) and the sampled completions."""
         rows = [row for row in self.loader.rows(round_) for _ in range(self.config.group_size)]
         encoded = [self.prompts.encoded[row] for row in rows]
         seed = self.run.seed * 1_000_003 + round_
-        return rows, sample(self.policy, encoded, self.config.sampling, stop_ids=self.stop, seed=seed)
+        sampling, group = self.config.sampling, self.config.group_size
+        return rows, sample_over_ranks(self.policy, encoded, sampling, stop_ids=self.stop, seed=seed, group=group)
 
     def reward(self, rows: Sequence[int], generated: Sequence[Generated]) -> Tensor:
-        """Return the weighted sum of the rewards, float [N]."""
+        """Return the weighted sum of the rewards, float [N]; each rank asks for those of its groups, once."""
         prompts = [self.prompts.prompts[row] for row in rows]
         completions = [
             Completion(
@@ -155,8 +165,13 @@ class Trainer:
             )
             for prompt, g in zip(prompts, generated, strict=True)
         ]
-        parts = [weight * torch.tensor(function(prompts, completions)) for function, weight in self.rewards]
-        return torch.stack([part.float() for part in parts]).sum(0)
+
+        def compute(chosen: list[int]) -> Tensor:
+            asked = [prompts[i] for i in chosen], [completions[i] for i in chosen]
+            parts = [weight * torch.tensor(function(*asked)) for function, weight in self.rewards]
+            return torch.stack([part.float() for part in parts]).sum(0)
+
+        return over_ranks(len(rows), compute, group=self.config.group_size)
 
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], rewards: Tensor) -> RolloutBatch:
         """Return the round as tensors; every token of a completion carries the completion's advantage."""
@@ -166,8 +181,8 @@ class Trainer:
         mask = tokens.targets != IGNORE
         temperature = self.config.sampling.temperature
         with autocast(self.run.settings):
-            old = completion_logprobs(self.policy, tokens, temperature=temperature)
-            reference = completion_logprobs(self.reference, tokens, temperature=temperature)
+            old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
+            reference = rows_over_ranks(tokens, partial(completion_logprobs, self.reference, temperature=temperature))
         groups = torch.arange(len(rows)) // self.config.group_size
         scale: Literal["std", "none"] = "std" if self.config.scale == "std" else "none"
         advantages = group_advantages(rewards, groups, scale).to(device)
@@ -194,8 +209,8 @@ class Trainer:
         for part in torch.randperm(len(groups), generator=generator).chunk(config.minibatches):
             rows = groups[part].flatten()
             result = train_step(
-                partial(objective, self.policy, config),
-                [select_rows(batch, rows)],
+                self.objective,
+                [select_rows(batch, share(rows))],
                 self.optimizers["policy"],
                 lr_scale=scale,
                 precision=autocast(self.run.settings),

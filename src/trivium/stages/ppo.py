@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trivium.batches import IGNORE, LossOutput, RolloutBatch, TokenBatch, select_rows, to_device
+from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
 from trivium.config import CodeRef, ConfigError, InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
@@ -30,18 +30,20 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, device_of
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
     PromptSet,
     SampleConfig,
-    chunks,
     completion_logprobs,
     log_samples,
     room_for_prompt,
-    sample,
+    rows_over_ranks,
+    sample_over_ranks,
     to_tokens,
     token_columns,
+    token_values,
 )
 from trivium.training.schedule import lr_scale
 from trivium.training.step import train_step
@@ -109,13 +111,6 @@ def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossO
     return LossOutput(total=loss.sum(), metrics={name: each[batch.mask].sum() for name, each in figures.items()})
 
 
-def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
-    """Return the summed clipped squared error of the value model against the returns."""
-    values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
-    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
-    return LossOutput(total=loss.sum())
-
-
 def run(config: Config, run: Run) -> None:
     """Sample, score, shape, update, record; round after round."""
     ppo = Trainer(config, run)
@@ -126,8 +121,9 @@ def run(config: Config, run: Run) -> None:
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
             saver.check()
-            prompts, generated = ppo.sample(round_)
-            batch = ppo.shape(prompts, generated, ppo.score(prompts, generated))
+            with whole(ppo.policy, ppo.value):
+                prompts, generated = ppo.sample(round_)
+                batch = ppo.shape(prompts, generated, ppo.score(prompts, generated))
             metrics = ppo.update(batch, round_)
             kl = ppo.record(batch, prompts, generated, metrics, round_ + 1)
             ppo.controller.update(kl, config.batch_size)
@@ -135,7 +131,16 @@ def run(config: Config, run: Run) -> None:
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
                 saver.save(round_ + 1, {"kl_coef": ppo.controller.value})
             saver.leave_if_asked(round_ + 1)
-    ppo.finish()
+    with whole(ppo.policy):
+        if run.owner:
+            ppo.finish()
+
+
+def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatch) -> LossOutput:
+    """Return the summed clipped squared error of the value model against the returns."""
+    values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
+    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
+    return LossOutput(total=loss.sum())
 
 
 class Trainer:
@@ -144,6 +149,7 @@ class Trainer:
     def __init__(self, config: Config, run: Run) -> None:
         """Load the models and the prompts; raises UserError when there are none."""
         self.config, self.run = config, run
+        check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
         device = device_of(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
@@ -157,6 +163,10 @@ class Trainer:
         self.value = copy.deepcopy(self.reward.model).requires_grad_(True)
         torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
         self.modules = {"policy": self.policy, "value": self.value}
+        self.objectives = {
+            "policy": spread(self.policy, partial(objective, self.policy, config), run.settings),
+            "value": spread(self.value, partial(value_objective, self.value, config), run.settings),
+        }
         self.optimizers = {name: Optimizer(module, config.optim) for name, module in self.modules.items()}
         self.controller = losses.AdaptiveKL(config.kl_coef, config.kl_target or None, horizon=10 * config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
@@ -170,13 +180,13 @@ class Trainer:
         rows = self.loader.rows(round_)
         encoded = [self.prompts.encoded[row] for row in rows]
         seed = self.run.seed * 1_000_003 + round_
-        return rows, sample(self.policy, encoded, self.config.sampling, stop_ids=self.stop, seed=seed)
+        return rows, sample_over_ranks(self.policy, encoded, self.config.sampling, stop_ids=self.stop, seed=seed)
 
     def score(self, rows: Sequence[int], generated: Sequence[Generated]) -> Tensor:
         """Return the reward model's calibrated scores [B]; unfinished completions are penalised."""
         ids = [self.prompts.encoded[row] + list(g.token_ids) for row, g in zip(rows, generated, strict=True)]
         finished = torch.tensor([g.finish_reason == "stop" for g in generated])
-        scores = torch.tensor(self.reward.score_ids(ids))
+        scores = over_ranks(len(ids), lambda part: torch.tensor(self.reward.score_ids([ids[row] for row in part])))
         return losses.penalise_unfinished(scores, finished, self.config.missing_eos_penalty)
 
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], scores: Tensor) -> RolloutBatch:
@@ -188,9 +198,9 @@ class Trainer:
         tokens, mask = to_device(tokens, device), (tokens.targets != IGNORE).to(device)
         temperature = config.sampling.temperature
         with autocast(self.run.settings):
-            old = completion_logprobs(self.policy, tokens, temperature=temperature)
-            reference = completion_logprobs(self.reference, tokens, temperature=temperature)
-            values = self.values_of(tokens).masked_fill(~mask, 0.0)
+            old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
+            reference = rows_over_ranks(tokens, partial(completion_logprobs, self.reference, temperature=temperature))
+            values = rows_over_ranks(tokens, partial(token_values, self.value)).masked_fill(~mask, 0.0)
         kl = losses.kl_k1(old, reference)
         rewards = losses.shape_rewards(scores.to(device), kl, mask, self.controller.value)
         advantages, returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
@@ -206,25 +216,18 @@ class Trainer:
             scores=scores.to(device),
         )
 
-    def values_of(self, tokens: TokenBatch) -> Tensor:
-        """Return the value of every position [B, T], without gradients."""
-        self.value.eval()
-        with torch.no_grad():
-            return torch.cat([self.value(part.input_ids, positions=part.positions) for part in chunks(tokens, 32)])
-
     def update(self, batch: RolloutBatch, round_: int) -> dict[str, float]:
         """Take `epochs` passes of clipped updates over the round and return their mean metrics."""
         config = self.config
         scale = lr_scale(config.optim.schedule, round_, config.iterations)
-        totals: dict[str, float] = {}
-        steps = 0
+        totals, steps = dict[str, float](), 0
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
         for _ in range(config.epochs):
             for rows in torch.randperm(len(batch.scores), generator=generator).tensor_split(config.minibatches):
-                part = select_rows(batch, rows)
+                part = select_rows(batch, share(rows))
                 step = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
-                policy = step(partial(objective, self.policy, config), [part], self.optimizers["policy"])
-                value = step(partial(value_objective, self.value, config), [part], self.optimizers["value"])
+                policy = step(self.objectives["policy"], [part], self.optimizers["policy"])
+                value = step(self.objectives["value"], [part], self.optimizers["value"])
                 figures = {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
                 figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}
                 for name, figure in figures.items():
@@ -237,12 +240,7 @@ class Trainer:
         return {name: total / steps for name, total in totals.items()}
 
     def record(
-        self,
-        batch: RolloutBatch,
-        rows: Sequence[int],
-        generated: Sequence[Generated],
-        metrics: dict[str, float],
-        step: int,
+        self, batch: RolloutBatch, rows: list[int], generated: Sequence[Generated], metrics: dict[str, float], step: int
     ) -> float:
         """Log the round and return its mean KL per completion (nats)."""
         run = self.run
@@ -259,7 +257,7 @@ class Trainer:
             "train/kl_coef": self.controller.value,
         } | {f"train/{name}": value for name, value in metrics.items()}
         texts = [self.tokenizer.decode(g.token_ids) for g in generated]
-        if self.judge:
+        if self.judge and run.owner:
             tastes = [self.judge(self.prompts.prompts[row], text) for row, text in zip(rows, texts, strict=True)]
             figures["rollout/true_taste"] = sum(tastes) / len(tastes)
         for name, value in figures.items():

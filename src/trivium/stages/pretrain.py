@@ -32,6 +32,7 @@ from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
 from trivium.training.scaling import budget_of, shape_of
 
@@ -148,16 +149,19 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(part.input_ids.numel() for part in parts),
     )
-    final = heldout_loss(run, model, heldout, config.context)
-    run.result("heldout@1", "bits_per_byte", final["eval/bits_per_byte"], n=heldout.num_tokens)
-    run.note(
-        steps=config.fit.steps,
-        num_parameters=model.config.num_parameters(),
-        data={"name": "train_tokenizer shards", "num_documents": len(train), "tokens": train.num_tokens},
-        epochs=config.fit.steps * config.fit.batch_size * config.context / max(1, train.num_tokens),
-    )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
+    with whole(model):
+        if not run.owner:
+            return
+        final = heldout_loss(run, model, heldout, config.context)
+        run.result("heldout@1", "bits_per_byte", final["eval/bits_per_byte"], n=heldout.num_tokens)
+        run.note(
+            steps=config.fit.steps,
+            num_parameters=model.config.num_parameters(),
+            data={"name": "train_tokenizer shards", "num_documents": len(train), "tokens": train.num_tokens},
+            epochs=config.fit.steps * config.fit.batch_size * config.context / max(1, train.num_tokens),
+        )
+        tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", model, eos_token_id=tokenizer.eos_id)
 
 
 def resolve(config: Config, tokenizer: Tokenizer, run: Run) -> Config:

@@ -31,6 +31,7 @@ from trivium.runs.manifest import Run
 from trivium.training.distributed import device_of, world
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,16 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * backbone.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
-    report(run, model, judgements, tokenizer.pad_id)
-    mean, std = calibrate(model, train, tokenizer.pad_id)
-    run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        report(run, model, judgements, tokenizer.pad_id)
+        mean, std = calibrate(model, train, tokenizer.pad_id)
+        run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
+        tokenizer.save(run.dir / "model")
+        save_model(
+            run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id
+        )
 
 
 def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:

@@ -33,6 +33,7 @@ from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, device_of, world
 from trivium.training.loop import FitConfig, fit
+from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
 
 
@@ -94,19 +95,22 @@ def run(config: Config, run: Run) -> None:
         flops_per_item=3 * model.config.flops_per_token(config.context),
         tokens_in=lambda parts: sum(int((part.input_ids != tokenizer.pad_id).sum()) for part in parts),
     )
-    show_masks(run, tokenizer, train)
-    run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
-    run.note(
-        steps=config.fit.steps,
-        num_parameters=model.config.num_parameters(),
-        data=facts["data"],
-        skipped_too_long=facts["too_long"],
-        skipped_untrained=facts["untrained"],
-        prompt_diversity=facts["diversity"],
-        epochs=config.fit.steps * config.fit.batch_size / len(train),
-    )
-    tokenizer.save(run.dir / "model")
-    save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+    with whole(model):
+        if not run.owner:
+            return
+        show_masks(run, tokenizer, train)
+        run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
+        run.note(
+            steps=config.fit.steps,
+            num_parameters=model.config.num_parameters(),
+            data=facts["data"],
+            skipped_too_long=facts["too_long"],
+            skipped_untrained=facts["untrained"],
+            prompt_diversity=facts["diversity"],
+            epochs=config.fit.steps * config.fit.batch_size / len(train),
+        )
+        tokenizer.save(run.dir / "model")
+        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
 Row = tuple[list[int], list[bool]]

@@ -29,8 +29,9 @@ from trivium.runs.manifest import Run
 from trivium.training import checkpoint_folder as disk
 from trivium.training.average import Average
 from trivium.training.checkpoint_folder import Damaged, KeepConfig
-from trivium.training.distributed import world
+from trivium.training.distributed import barrier, decide
 from trivium.training.optim import Optimizer
+from trivium.training.parallel import copy_whole, whole_tensor
 from trivium.training.stopping import StopRequest, graceful_stop, raise_if_stopped
 
 
@@ -71,7 +72,7 @@ class Checkpointer:
     ) -> None:
         """Prepare; nothing is read or written yet."""
         self.run = run
-        self.folder = run.dir / "checkpoints"
+        self.folder = run.home / "checkpoints"
         self.modules, self.optimizers, self.averages = modules, optimizers, averages or {}
         self.keep = keep or KeepConfig()
         self.stop = StopRequest()
@@ -101,6 +102,7 @@ class Checkpointer:
         with self._signals:
             if error is None:
                 self.wait()
+                self.stop.agreed()
                 raise_if_stopped(self.stop, self._step)
             elif not self.stop.hurry:
                 try:
@@ -115,6 +117,7 @@ class Checkpointer:
         """
         if self.stop.signal and self._step == step:
             self.wait()
+            barrier()  # another rank that left would take the first one with it, in the middle of its write
             raise_if_stopped(self.stop, step)
 
     # -- saving
@@ -124,8 +127,11 @@ class Checkpointer:
         return Moment(run=json.dumps(self.run.state()), rng=rng_tensors())
 
     def is_due(self, step: int, every: int, last: int) -> bool:
-        """Tell whether to save after `step`: it is a multiple of `every`, the last, or a signal asked for the end."""
-        return bool(self.stop.signal) or step % every == 0 or step == last
+        """Tell whether to save after `step`: it is a multiple of `every`, the last, or a signal asked for the end.
+
+        All ranks must ask after every step: a signal that one of them got is all of theirs from then on.
+        """
+        return bool(self.stop.agreed()) or step % every == 0 or step == last
 
     def save(
         self,
@@ -144,11 +150,11 @@ class Checkpointer:
         self.wait()
         moment = moment or self.moment()
         live = {**self._tensors(), **{f"rng/{name}": value for name, value in moment.rng.items()}}
-        if world()[0] == 0:  # every rank takes part in gathering, one writes
+        self._step = step
+        if self.run.owner:  # every rank takes part in gathering, one writes
             copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in live.items()}
             own = {"step": step, "state": dict(state or {}), "score": score}
             own |= {"fingerprint": self.run.manifest.fingerprint, "run": json.loads(moment.run)}
-            self._step = step
             self._written.clear()
             target = disk.free_name(self.folder, step)
             # A daemon, so that a second signal does not wait for a slow disk; the *.tmp is removed at the next start.
@@ -219,28 +225,33 @@ class Checkpointer:
         The run's logs are cut back to it. A damaged one is named, set aside as `*.damaged`, and the one before is used.
         Raises UserError when it is another run's or holds other tensors, DiskFull when the next one cannot fit.
         """
-        if world()[0] == 0:
-            disk.sweep(self.folder)
-        self._preflight()
-        damaged: dict[Path, str] = {}
+        read: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        newest = decide(lambda: self._newest_whole(read))  # of several ranks, the first looks for all
         checkpoint = None
+        if newest is None:
+            self.run.events.truncate({"events": 0, "specimens": 0})
+        else:
+            tensors, facts = read.get(newest) or disk.read(self.folder / newest)
+            checkpoint = self._load(self.folder / newest, tensors, facts)
+            self._step = checkpoint.step
+        scores = [s for path in disk.listing(self.folder) if (s := disk.score_of(path)) is not None]
+        self.best = (max if self.keep.highest else min)(scores) if scores else None
+        self.check()
+        return checkpoint
+
+    def _newest_whole(self, read: dict[str, tuple[dict[str, Tensor], dict[str, Any]]]) -> str | None:
+        """Return the name of the newest checkpoint that is whole, now in `read`; those that are not are set aside."""
+        disk.sweep(self.folder)
+        self._preflight()
         for path in reversed(disk.listing(self.folder)):
             try:
-                tensors, facts = disk.read(path)
+                read[path.name] = disk.read(path)
+                return path.name
             except PermissionError:
                 raise
             except (Damaged, OSError) as error:
-                damaged[disk.set_aside(path)] = str(error)
-                continue
-            checkpoint = self._load(path, tensors, facts)
-            self._step = checkpoint.step
-            break
-        else:
-            self.run.events.truncate({"events": 0, "specimens": 0})
-        scores = [s for path in disk.listing(self.folder) if (s := disk.score_of(path)) is not None]
-        self.best = (max if self.keep.highest else min)(scores) if scores else None
-        self._tell(damaged, checkpoint.step if checkpoint else 0)
-        return checkpoint
+                self._damaged[disk.set_aside(path)] = str(error)
+        return None
 
     def _load(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
         ours = self.run.manifest.fingerprint
@@ -258,7 +269,7 @@ class Checkpointer:
             raise UserError(f"{path} and this model differ in {odd[0]}; move it away to start from the beginning")
         with torch.no_grad():
             for key, value in found.items():
-                parameters[key].copy_(value)
+                copy_whole(parameters[key], value)
         for name, optimizer in self.optimizers.items():
             # Copied: the optimizer keeps what it is given, and that is a view of a file which is going to be removed.
             own = {key: value.clone() for key, value in _under(tensors, f"{name}#optimizer/").items()}
@@ -277,7 +288,7 @@ class Checkpointer:
             tensors |= {f"{name}#optimizer/{key}": value for key, value in optimizer.tensors().items()}
         for name, average in self.averages.items():
             tensors |= {f"{name}#average/{key}": value for key, value in average.tensors().items()}
-        return tensors
+        return {name: whole_tensor(value) for name, value in tensors.items()}
 
     def num_bytes(self) -> int:
         """Return how many bytes the tensors of a checkpoint take, before the first step as well as after it."""

@@ -7,32 +7,193 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from trivium.config import ConfigError, RunSettings
+from trivium.config import ConfigError, RunSettings, Stopped, UserError
+from trivium.runs.ranks import ranks_from_environment
+
+T = TypeVar("T")
+
+POLL_S = 0.05
+"""How often a rank that waits for rank 0 looks: felt by nobody, and between two looks a signal gets through."""
+GRACE_S, STOP_GRACE_S = 2.0, 30.0
+"""How long another rank lets rank 0 finish before it ends itself, which makes the launcher end rank 0: after a mistake
+(rank 0 writes a manifest), and after a stop (it may still write a checkpoint)."""
+
+
+class _Told(UserError):
+    """A mistake that rank 0 made and tells of; here it only ends the work."""
+
+
+class _Group:
+    """The store behind the process group, through which rank 0 tells the others what it decided."""
+
+    store: Any = None
+    decisions: int = 0
 
 
 def setup(settings: RunSettings) -> None:
-    """Set the thread count: oversubscription costs tenfold on CPU, so it is one thread per core we may use."""
-    torch.set_num_threads(settings.threads or num_cores())
+    """Join the ranks, if there are several, and set this one's thread count: oversubscription costs tenfold on CPU.
+
+    Without `threads` it is one thread per core that we may use, shared among the ranks of this machine.
+    Raises ConfigError when torchrun's variables are half set.
+    """
+    ranks = ranks_from_environment()
+    cores = num_cores()
+    if ranks.local_size > 1:
+        # torchrun itself sets OMP_NUM_THREADS to 1 where nobody did, so a 1 is nobody's word.
+        if os.environ.get("OMP_NUM_THREADS", "") == "1":
+            cores = _cores_allowed()
+        cores = max(1, cores // ranks.local_size)
+    torch.set_num_threads(settings.threads or cores)
+    if ranks.size == 1 or dist.is_initialized():
+        return
+    timeout = timedelta(seconds=settings.rank_timeout_s)
+    backend = "gloo"
+    if device_of(settings).type == "cuda":
+        torch.cuda.set_device(device_of(settings))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {ranks.rank} could not meet the {ranks.size - 1} others at {where}: {error}") from None
+    _Group.store, _Group.decisions = store, 0
+
+
+@contextlib.contextmanager
+def joined(settings: RunSettings) -> Iterator[None]:
+    """Work as one of the ranks that torchrun started, and leave together; alone it only sets the threads.
+
+    When a rank fails, the first to do so says why, once, and every rank ends with the same exit code: those that
+    wait for it in a collective find it gone. So an error leaves here as itself on rank 0 or on one process alone, and
+    as SystemExit on the others.
+    """
+    setup(settings)
+    if world()[1] == 1:
+        yield
+        return
+    rank = world()[0]
+    try:
+        yield
+    except BaseException as error:
+        first = not isinstance(error, _Told) and _first_to_fail()
+        if rank == 0:
+            _publish("left", "")
+        else:
+            _await("left", patience=STOP_GRACE_S if isinstance(error, Stopped) else GRACE_S)
+        if first and not isinstance(error, UserError | KeyboardInterrupt):
+            raise
+        if first and rank == 0:
+            raise
+        if first:
+            print(f"trivium: {' '.join(str(error).split()) or 'stopped'} (rank {rank})", file=sys.stderr, flush=True)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _Group.store = None
+
+
+def decide(compute: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 computes (JSON-able): the others wait as long as it takes.
+
+    They wait by looking at the store, not in a collective: nothing times out while rank 0 reads a corpus for hours.
+    A UserError that rank 0 raises is raised everywhere.
+    """
+    rank, size = world()
+    if size == 1:
+        return compute()
+    _Group.decisions += 1
+    key = f"decision/{_Group.decisions}"
+    if rank:
+        told = json.loads(_await(key))
+        if "error" in told:
+            error = _Told(told["error"])
+            error.exit_code = told["exit_code"]
+            raise error
+        return told["value"]  # type: ignore[no-any-return]
+    try:
+        value = compute()
+    except UserError as error:
+        _publish(key, json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        raise
+    _publish(key, json.dumps({"value": value}))
+    return value
+
+
+def first_alone(work: Callable[[], object]) -> None:
+    """Run `work` on rank 0 alone while the others wait."""
+
+    def run() -> None:
+        work()
+
+    decide(run)
+
+
+def _publish(key: str, value: str) -> None:
+    with contextlib.suppress(RuntimeError):  # the store is gone with the launcher: nobody is left to be told
+        _Group.store.set(f"trivium/{key}", value)
+
+
+def _await(key: str, patience: float = float("inf")) -> str:
+    """Return what rank 0 published under `key`, or "" when it did not within `patience` seconds.
+
+    Waiting without end, it raises when another rank fails meanwhile.
+    """
+    end = time.monotonic() + patience
+    store = _Group.store
+    while time.monotonic() < end:
+        try:
+            if store.check([f"trivium/{key}"]):
+                return str(store.get(f"trivium/{key}").decode())
+            if patience == float("inf") and store.check(["trivium/failures"]):
+                raise _Told("another rank ended")
+        except RuntimeError:
+            if patience == float("inf"):
+                raise _Told("the other ranks are gone") from None
+            return ""
+        time.sleep(POLL_S)
+    return ""
+
+
+def _first_to_fail() -> bool:
+    """Tell whether no other rank has failed before."""
+    try:
+        return bool(_Group.store.add("trivium/failures", 1) == 1)
+    except RuntimeError:  # the store went down with the rank that held it
+        return False
 
 
 def num_cores() -> int:
     """Return how many cores this process may use; OMP_NUM_THREADS, where set, is the user's own word."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else _cores_allowed()
+
+
+def _cores_allowed() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def device_of(settings: RunSettings) -> torch.device:
-    """Return the device that the settings ask for.
+    """Return the device that the settings ask for; of several ranks on a machine with GPUs each has its own.
 
     Raises ConfigError when it is CUDA and there is none.
     """
@@ -45,6 +206,14 @@ def device_of(settings: RunSettings) -> torch.device:
         raise ConfigError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
+    ranks = ranks_from_environment()
+    if device.type == "cuda" and ranks.size > 1:
+        if ":" in name or ranks.local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"device = {settings.device!r} with {ranks.local_size} ranks on a machine of "
+                f"{torch.cuda.device_count()} GPUs: each rank needs one of its own; use cuda or auto, and fewer ranks"
+            )
+        return torch.device("cuda", ranks.local_rank)
     return device
 
 
@@ -90,9 +259,68 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def check_shares(**sizes: int) -> None:
+    """Raise ConfigError when a named batch has fewer rows than there are ranks to share it."""
+    shares = world()[1]
+    for name, size in sizes.items():
+        if size < shares:
+            raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} ranks; raise it, or use fewer ranks")
+
+
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of `value` over all ranks (itself when there is one)."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: int) -> int:
+    """Return the largest `value` of all ranks (itself when there is one)."""
+    return value if world()[1] == 1 else int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_max(0)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks, [N, ...], in the order from which `items[rank::size]` was each rank's share.
+
+    `rows`: this rank's [n, ...], the other dimensions equal on all ranks.
+    Worked: rank 0 has rows a c e, rank 1 has b d; every rank gets a b c d e.
+    """
+    size = world()[1]
+    if size == 1:
+        return rows
+    longest = all_reduce_max(len(rows))
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    total = int(all_reduce_sum(torch.tensor(len(rows))))
+    return torch.stack(parts, 1).flatten(0, 1)[:total]
+
+
+def share(rows: Tensor) -> Tensor:
+    """Return this rank's part of the rows of a tensor: every `size`-th; all of them on one process alone."""
+    rank, size = world()
+    return rows[rank::size]
+
+
+def over_ranks(count: int, compute: Callable[[list[int]], Tensor], *, group: int = 1) -> Tensor:
+    """Return `compute(range(count))` [count, ...], the work split over ranks by whole groups of `group` neighbours.
+
+    `compute` goes from row numbers to a tensor with a row for each, whose other dimensions are equal on all ranks.
+    """
+    rank, size = world()
+    if size == 1:
+        return compute(list(range(count)))
+    groups = range(count // group)[rank::size]
+    part = compute([number * group + place for number in groups for place in range(group)])
+    return gather_rows(part.view(len(groups), group, *part.shape[1:])).flatten(0, 1)
+
+
+def _reduced(value: Tensor, operation: Any) -> Tensor:
     if world()[1] > 1:
         value = value.clone()
-        dist.all_reduce(value)
+        dist.all_reduce(value, operation)
     return value

@@ -18,9 +18,10 @@ from trivium.runs.manifest import Run
 from trivium.training.average import Average
 from trivium.training.checkpoint import Checkpointer
 from trivium.training.checkpoint_folder import KeepConfig
-from trivium.training.distributed import autocast
+from trivium.training.distributed import all_reduce_sum, autocast, check_shares, decide, world
 from trivium.training.guard import Guard, GuardConfig
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.parallel import spread, whole
 from trivium.training.peak import peak_flops
 from trivium.training.schedule import lr_scale
 from trivium.training.step import B, Objective, StepResult, train_step
@@ -75,6 +76,8 @@ def fit(
     `evaluate(step)` returns metrics to log. `flops_per_item` are the training FLOPs of one token of a micro-batch.
     Raises UserError when training diverges, DiskFull when a checkpoint does not fit, Stopped after a signal.
     """
+    check_shares(batch_size=config.batch_size)
+    objective = spread(model, objective, run.settings)  # before the optimizer: sharding replaces the parameters
     fitting = _Fitting(run, model, config, evaluate)
     start = fitting.resume()
     saver = fitting.saver
@@ -88,7 +91,7 @@ def fit(
                 batches = micro_batches(step)
             scale = lr_scale(config.optim.schedule, step, config.steps)
             result = fitting.take_step(objective, batches, scale, step)
-            num_tokens = tokens_in(batches) if tokens_in else 0
+            num_tokens = int(all_reduce_sum(torch.tensor(tokens_in(batches)))) if tokens_in else 0
             meter.tokens += num_tokens
             run.spend(tokens=num_tokens, flops=flops_per_item * num_tokens)
             done = step + 1
@@ -96,13 +99,14 @@ def fit(
             if last or done % config.log_every == 0:
                 read = meter.read()
                 if flops_per_item and "train/tokens_per_s" in read:
-                    read["train/mfu"] = read["train/tokens_per_s"] * flops_per_item / peak_flops(run.settings)
+                    peak = world()[1] * peak_flops(run.settings)
+                    read["train/mfu"] = read["train/tokens_per_s"] * flops_per_item / peak
                 _log(run, result, config.optim.lr * scale, read, done)
             best = None
             if evaluate and (last or (config.eval_every and done % config.eval_every == 0)):
                 best = fitting.look(done)
             advance(loss=result.loss)
-            if best is not None or saver.is_due(done, config.save_every, config.steps):
+            if saver.is_due(done, config.save_every, config.steps) or best is not None:
                 fitting.save(done, best)
             saver.leave_if_asked(done)
     if fitting.average:
@@ -123,6 +127,8 @@ class _Fitting:
         self.run, self.model, self.config, self.evaluate = run, model, config, evaluate
         if config.keep.best and evaluate is None:
             raise ConfigError(f"keep.best = {config.keep.best!r}: this stage evaluates nothing while it trains")
+        if config.ema_decay and world()[1] > 1 and run.settings.parallel == "fsdp":
+            raise ConfigError(f"ema_decay = {config.ema_decay}: not with parallel = 'fsdp' yet; use 'ddp', or 0")
         self.optimizer = Optimizer(model, config.optim)
         self.average = Average(model, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(config.guard)
@@ -171,18 +177,22 @@ class _Fitting:
         """
         assert self.evaluate is not None
         moment = self.saver.moment()
+        metrics: dict[str, float] = {}
         self.model.eval()
+        averaged = self.average.in_model() if self.average else contextlib.nullcontext()
         try:
-            with self.average.in_model() if self.average else contextlib.nullcontext(), self.saver.stop.interruptible():
-                metrics = self.evaluate(done)
+            with averaged, whole(self.model), self.saver.stop.interruptible():
+                if self.run.owner:
+                    metrics |= self.evaluate(done)
         except Interrupted:
+            self.saver.stop.agreed()
             state = {"guard": self.guard.state(), "owes_evaluation": True}
             self.saver.save(done, state, moment=moment)
             self.saver.leave_if_asked(done)
             raise
         for name, value in metrics.items():
             self.run.metric(name, value, done)
-        return self.saver.improves(metrics)
+        return decide(lambda: self.saver.improves(metrics))
 
     def save(self, done: int, best: float | None) -> None:
         """Save a checkpoint, with the value of `keep.best` where it is one for that."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.training.parallel import shard_like, whole_tensor
+
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` (Jordan et al. 2024) whose `step` works on stacks of equal shape.
@@ -44,10 +46,12 @@ class Muon(torch.optim.Muon):
         ratio = 0.2 * math.sqrt(max(rows, columns))
         if group["adjust_lr_fn"] != "match_rms_adamw":
             ratio = math.sqrt(max(1, rows / columns))
-        moves = orthogonalise(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        # The iteration needs whole matrices: sharded ones are gathered, and each rank keeps its part of the result.
+        stack = torch.stack([whole_tensor(update) for update in updates])
+        moves = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
         for parameter, move in zip(parameters, moves, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(move, alpha=-group["lr"] * ratio)
+            parameter.add_(shard_like(parameter, move), alpha=-group["lr"] * ratio)
 
 
 def orthogonalise(stack: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

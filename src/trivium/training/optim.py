@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trivium.config import bounds, one_of
 from trivium.training.muon import Muon
+from trivium.training.parallel import clip_gradients, shard_like
 from trivium.training.schedule import ScheduleConfig
 
 
@@ -111,7 +112,7 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Return the global gradient norm (before clipping) and clip it to `grad_clip`."""
         limit = self.config.grad_clip if self.config.grad_clip > 0 else float("inf")
-        return nn.utils.clip_grad_norm_(self.parameters, limit)
+        return clip_gradients(self.parameters, limit)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as flat named tensors, for a checkpoint."""
@@ -134,9 +135,10 @@ class Optimizer:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
+            owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for name, value in _under(flat, f"{number}."):
                 index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = value
+                state.setdefault(int(index), {})[key] = shard_like(owners[int(index)], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

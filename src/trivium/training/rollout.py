@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,9 +20,11 @@ from trivium.data.sources import load_prompts
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses.logprobs import token_logprobs
 from trivium.models.generate import Generated, generate
+from trivium.models.heads import ScalarModel
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
+from trivium.training.distributed import over_ranks, world
 
 
 class GenerateFn(Protocol):
@@ -147,6 +150,47 @@ def sample(
         )
 
 
+def sample_over_ranks(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    *,
+    stop_ids: frozenset[int],
+    seed: int,
+    group: int = 1,
+) -> list[Generated]:
+    """Return what `sample` does, on every rank, each having sampled its part: whole groups of `group` neighbours.
+
+    Each prompt draws with the numbers of its place among all, so the samples do not depend on the number of ranks.
+    """
+    if world()[1] == 1:
+        return sample(model, prompts, config, stop_ids=stop_ids, seed=seed)
+    longest = config.max_new_tokens
+
+    def compute(rows: list[int]) -> Tensor:
+        own = partial(generate, draws=rows)
+        made = sample(model, [prompts[row] for row in rows], config, stop_ids=stop_ids, seed=seed, generate_fn=own)
+        # float64 holds token ids and float32 log-probabilities exactly, so that one gather carries all of it.
+        packed = torch.zeros(len(rows), 2 + 2 * longest, dtype=torch.float64)
+        for row, one in zip(packed, made, strict=True):
+            count = len(one.token_ids)
+            row[0], row[1] = count, one.finish_reason == "stop"
+            row[2 : 2 + count] = torch.tensor(one.token_ids, dtype=torch.float64)
+            row[2 + longest : 2 + longest + count] = torch.tensor(one.logprobs, dtype=torch.float64)
+        return packed
+
+    return [_unpacked(row, longest) for row in over_ranks(len(prompts), compute, group=group).tolist()]
+
+
+def _unpacked(row: Sequence[float], longest: int) -> Generated:
+    count = int(row[0])
+    return Generated(
+        token_ids=[int(token) for token in row[2 : 2 + count]],
+        logprobs=list(row[2 + longest : 2 + longest + count]),
+        finish_reason="stop" if row[1] else "length",
+    )
+
+
 def to_tokens(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
     """Return prompt + completion rows [B, T], padded on the right, with targets on the completion tokens only.
 
@@ -180,6 +224,20 @@ def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: 
             for part in chunks(tokens, rows)
         ]
     return torch.cat(parts)
+
+
+def token_values(model: ScalarModel, tokens: TokenBatch) -> Tensor:
+    """Return the model's value of every position [B, T]; no gradient is kept."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(part.input_ids, positions=part.positions) for part in chunks(tokens, 32)])
+
+
+def rows_over_ranks(tokens: TokenBatch, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
+    """Return `compute(tokens)` [B, T] on every rank, each having computed its part of the rows."""
+    if world()[1] == 1:
+        return compute(tokens)
+    return over_ranks(len(tokens.input_ids), lambda rows: compute(select_rows(tokens, torch.tensor(rows))))
 
 
 def token_columns(tokenizer: Tokenizer, batch: RolloutBatch, row: int, names: Sequence[str]) -> dict[str, list[object]]:

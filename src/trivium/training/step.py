@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from trivium.batches import LossOutput
-from trivium.training.distributed import all_reduce_sum
+from trivium.training.distributed import all_reduce_max, all_reduce_sum
 from trivium.training.optim import Optimizer
+from trivium.training.parallel import Spread
 
 
 class Batch(Protocol):
@@ -67,10 +68,13 @@ def train_step(
     divisor = total.clamp(min=1e-8)
     optimizer.zero_grad()
     loss, sums = torch.zeros(()), dict[str, Tensor]()
-    for batch in micro_batches:
-        with precision or contextlib.nullcontext():
-            output = objective(batch)
-        (output.total / divisor).backward()  # type: ignore[no-untyped-call]
+    for batch, counted, reducing in _windows(objective, micro_batches):
+        with reducing:
+            with precision or contextlib.nullcontext():
+                output = objective(batch)
+            if not counted:
+                output = LossOutput(total=output.total * 0)
+            (output.total / divisor).backward()  # type: ignore[no-untyped-call]
         loss = loss + output.total.detach().cpu()
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
@@ -79,7 +83,26 @@ def train_step(
     if not skipped:
         optimizer.step(lr_scale)
     count = float(total)
-    metrics = {name: float(value) / max(count, 1e-8) for name, value in sums.items()}
+    # A rank's own sums would do for a mean only where all ranks have equally many items.
+    loss, *others = all_reduce_sum(torch.stack([loss, *sums.values()]))
+    metrics = {name: float(value) / max(count, 1e-8) for name, value in zip(sums, others, strict=True)}
     return StepResult(
         loss=float(loss) / max(count, 1e-8), grad_norm=grad_norm, num_items=count, skipped=skipped, metrics=metrics
     )
+
+
+def _windows(
+    objective: Objective[B], micro_batches: Sequence[B]
+) -> Iterator[tuple[B, bool, contextlib.AbstractContextManager[None]]]:
+    """Yield each micro-batch, whether it counts, and the context that sums gradients over ranks after the last.
+
+    A sharded model's forward pass is a collective, so a rank that has fewer micro-batches than another takes its last
+    one again, for nothing.
+    """
+    if not isinstance(objective, Spread):
+        yield from ((batch, True, contextlib.nullcontext()) for batch in micro_batches)
+        return
+    count = len(micro_batches)
+    rounds = all_reduce_max(count) if objective.lockstep else count
+    for index in range(rounds):
+        yield micro_batches[min(index, count - 1)], index < count, objective.reducing(index == rounds - 1)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from trivium.config import Stopped
+from trivium.training.distributed import all_reduce_max, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 """What asks a run to stop."""
@@ -27,28 +28,44 @@ class StopRequest:
 
     def __init__(self) -> None:
         """Start with no signal received."""
+        self.received = 0
+        """The signal that this process got; 0 means none."""
         self.signal = 0
-        """The signal's number; 0 means none."""
+        """The signal that all ranks know of, once they have `agreed`: they must stop after the same step."""
         self.hurry = False
         """Whether a second one came: nothing is waited for any more."""
         self._interrupts = False
 
     def note(self, number: int) -> bool:
         """Take a signal in and tell whether it must act at once; raises Interrupted inside `interruptible`."""
-        if self.signal in (signal.SIGTERM, signal.SIGINT):
+        if self.received in (signal.SIGTERM, signal.SIGINT):
             self.hurry = self.hurry or number != signal.SIGALRM
             return self.hurry
         # The time limit is not a person's word: a SIGTERM after it is the first, and says how the run ended.
-        self.signal = number
+        self.received = number
         if self._interrupts:
             self._interrupts = False
             raise Interrupted
         return False
 
+    def agreed(self) -> int:
+        """Return the signal, if any of the ranks received one; all must ask at the same places.
+
+        One that arrives while they agree is still in `received` for the next time.
+        """
+        self.signal = all_reduce_max(self.received)
+        return self.signal
+
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise Interrupted as soon as there is a request, one that came before included."""
-        if self.signal:
+        """Raise Interrupted as soon as there is a request, one that came before included; never on several ranks.
+
+        Those have to do the same work, and one of them would leave the others waiting.
+        """
+        if world()[1] > 1:
+            yield
+            return
+        if self.received:
             raise Interrupted
         self._interrupts = True
         try:

@@ -1,0 +1,212 @@
+"""One model on many ranks: gradients are summed over them, weights replicated (DDP) or sharded (FSDP2).
+
+`spread` is called before the optimizer is made, because sharding replaces the parameters. Outside of a training step
+a sharded model is used through `whole`, which puts the full weights in their place for a while: evaluation, sampling
+and saving then run without talking to other ranks, as long and as often as each likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from trivium.batches import LossOutput
+from trivium.config import RunSettings
+from trivium.training.distributed import compute_dtype, world
+
+B = TypeVar("B")
+
+
+class Spread(Generic[B]):
+    """An objective whose gradients are summed over all ranks; called like the objective it was made of.
+
+    Every rank must call it equally often where `lockstep`: a sharded forward pass is a collective.
+    """
+
+    def __init__(self, loss: nn.Module, *, lockstep: bool) -> None:
+        """Hold the wrapped module, whose forward pass goes from a micro-batch to (total, metrics)."""
+        self._loss = loss
+        self.lockstep = lockstep
+
+    def __call__(self, batch: B) -> LossOutput:
+        """Return the summed loss of a micro-batch, as the objective does."""
+        total, metrics = self._loss(batch)
+        return LossOutput(total=total, metrics=metrics)
+
+    @contextlib.contextmanager
+    def reducing(self, last: bool) -> Iterator[None]:
+        """Run one micro-batch, forward and backward; gradients are summed over ranks in the `last` one only."""
+        if isinstance(self._loss, DistributedDataParallel):
+            with contextlib.nullcontext() if last else self._loss.no_sync():
+                yield
+        else:
+            for module in self._loss.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(last, recurse=False)
+            yield
+
+
+class _Loss(nn.Module):
+    """A model and its objective as one module, so that all that uses the weights happens inside its forward pass."""
+
+    def __init__(self, model: nn.Module, objective: Callable[[Any], LossOutput]) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return (summed loss, summed metrics): plain containers, in which the wrappers find their tensors."""
+        output = self._objective(batch)
+        return output.total, output.metrics
+
+
+def spread(model: nn.Module, objective: Callable[[B], LossOutput], settings: RunSettings) -> Callable[[B], LossOutput]:
+    """Return the objective to train `model` with on all ranks (itself on one); call it before making the optimizer."""
+    if settings.activation_checkpointing:
+        checkpoint_layers(model)
+    if world()[1] == 1:
+        return objective
+    loss = _Loss(model, objective)
+    if settings.parallel == "fsdp":
+        _shard(loss, settings)
+        return Spread[B](loss, lockstep=True)
+    wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    # A lambda, because DDP compares a hook's annotations, which here are strings, with its types.
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum(bucket))
+    return Spread[B](wrapped, lockstep=False)
+
+
+def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients; DDP of itself takes the mean over ranks, which is wrong when their items differ."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None, "an asynchronous collective gives something to wait for"
+    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Have each layer keep its input alone and compute its activations again in the backward pass."""
+    for layer in _layers(model):
+        if not isinstance(layer.forward, partial):
+            # Nothing in a layer is random, so there is no state of generators to keep.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model: what stands in its ModuleLists named `layers`."""
+    return [
+        block for name, each in model.named_modules() if name.split(".")[-1] == "layers" for block in each.children()
+    ]
+
+
+def _shard(loss: _Loss, settings: RunSettings) -> None:
+    """Shard each layer, and in one more group the rest (tied weights stay one parameter, because they share it)."""
+    device = next(loss.parameters()).device.type
+    mesh = init_device_mesh(device, (world()[1],))
+    # As autocast has it: matrices multiply in bf16, the residual stream, embeddings and head stay fp32, as do sums.
+    lowered = compute_dtype(settings) is torch.bfloat16
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if lowered else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in _layers(loss):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: the step has divided by the items of all ranks. gloo knows no other reduction.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+# ------------------------------------------------------------------------------------------- whole tensors, and back
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one (all ranks must ask), any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_whole(into: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into a parameter, of which each rank keeps its part."""
+    into.data.copy_(shard_like(into, value))
+
+
+def shard_like(like: Tensor, value: Tensor) -> Tensor:
+    """Return the full tensor `value` sharded as `like` is; itself where `like` is whole or of another shape."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    # Every rank has the value, so none has to send it.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def whole(*models: nn.Module) -> Iterator[None]:
+    """Put the full weights in place of sharded ones for a while, for anything but training; nothing to do else.
+
+    All ranks must enter; inside, a forward pass is no collective. Changes to the weights are lost.
+    """
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_whole(model))
+        yield
+
+
+@contextlib.contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    if not held:
+        yield
+        return
+    full: dict[int, nn.Parameter] = {}
+    hooks = []
+    for _, _, parameter in held:
+        if id(parameter) not in full:
+            full[id(parameter)] = nn.Parameter(whole_tensor(parameter.detach()), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) or any(module is owner for owner, _, _ in held):
+            hooks.append((module, module._forward_pre_hooks, module._forward_hooks))
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    for module, name, parameter in held:
+        module._parameters[name] = full[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Return the norm of all gradients, over all ranks' shards, and scale them down to `limit` where it is above."""
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    norms = [
+        whole_tensor(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups.values()
+    ]
+    total = torch.stack(norms).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros(())
+    for group in groups.values():
+        nn.utils.clip_grads_with_norm_(group, limit, total)
+    return total
