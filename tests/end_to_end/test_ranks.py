@@ -106,7 +106,7 @@ def first_token(prompts, completions):
     return [completion.token_ids[0] / 100 for completion in completions]
 """
 TRAINED = ("pretrain", "sft", "reward_model", "ppo", "dpo", "grpo", "constitutional_ai")
-CLOCKED = "train/tokens_per_s"
+CLOCKED = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 
 
 def on_ranks(number: int, *arguments: str | Path, **changes: str) -> subprocess.Popen[str]:
@@ -170,8 +170,8 @@ def furthest(first: Path, second: Path, table: str) -> tuple[float, str]:
     Relative for figures above 1, absolute below: what is small is a difference of larger numbers (a KL, a margin).
     """
     curves = [read_metrics(latest_runs(workspace)[table][0]) for workspace in (first, second)]
-    names = sorted(set(curves[0]) - {CLOCKED})
-    assert names == sorted(set(curves[1]) - {CLOCKED}) and names
+    names = sorted(set(curves[0]) - CLOCKED)
+    assert names == sorted(set(curves[1]) - CLOCKED) and names
     distances = []
     for name in names:
         assert [step for step, _ in curves[0][name]] == [step for step, _ in curves[1][name]], name
