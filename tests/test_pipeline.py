@@ -138,6 +138,15 @@ def test_one_table_alone_does_not_build_on_a_damaged_parent(place: Path) -> None
     assert calls(place) == ["first", "second"]
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a shell starts what it puts into the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_leaves_a_run_that_says_it_was_stopped(
     place: Path, number: signal.Signals, raised: type[BaseException]
