@@ -2,7 +2,8 @@
 
 Own and peer train the same network on the same token ids, in processes that take turns. "As run" is each
 as its users run it; "tuned" gives both the same allocator settings, which must be in the environment before a process
-starts. Every process warms up, then counts the steps of `--seconds`; a figure is the median over the processes.
+starts, and compiles both. Every process warms up, then counts the steps of `--seconds`; a figure is the median over
+the processes.
 
     python3 bootstrap.py bench pretrain                     # both shapes, three processes each, fp32 and bf16
     .venv/bin/python bench/pretrain.py --shapes tiny --seconds 5 --processes 1
@@ -67,7 +68,7 @@ def documents(shape: Shape, count: int) -> list[list[int]]:
     return [rng.integers(8, shape.vocab_size, size=shape.context * 5 // 2).tolist() for _ in range(count)]
 
 
-def own(shape: Shape, precision: str) -> Callable[[], float]:
+def own(shape: Shape, precision: str, *, tuned: bool = False) -> Callable[[], float]:
     """Return a function that takes one training step as the pretrain stage takes it and returns the loss."""
     from trivium.config import RunSettings
     from trivium.data.loader import PretrainLoader
@@ -75,11 +76,14 @@ def own(shape: Shape, precision: str) -> Callable[[], float]:
     from trivium.models.config import ModelConfig
     from trivium.models.transformer import Transformer
     from trivium.stages.pretrain import objective
+    from trivium.training.allocator import keep_freed_memory
+    from trivium.training.compilation import compile_layers
     from trivium.training.distributed import autocast
     from trivium.training.optim import OptimConfig, Optimizer
     from trivium.training.step import train_step
 
-    settings = RunSettings(precision=precision)
+    settings = RunSettings(precision=precision, compile="on" if tuned else "auto")
+    keep_freed_memory()
     folder = Path(tempfile.mkdtemp()) / "shards"
     rows = ((ids, 4 * len(ids)) for ids in documents(shape, 400))
     write_shards(folder, rows, tokenizer_fingerprint="bench", vocab_size=shape.vocab_size)
@@ -95,6 +99,8 @@ def own(shape: Shape, precision: str) -> Callable[[], float]:
         tie_word_embeddings=True,
     )
     model = Transformer(config).init_weights(0)
+    compile_layers(model, settings)
+    model.train()
     optimizer = Optimizer(model, OptimConfig())
     loss = partial(objective, model, 0.0)
     step = iter(range(10**9))
@@ -106,7 +112,7 @@ def own(shape: Shape, precision: str) -> Callable[[], float]:
     return take
 
 
-def trainer(shape: Shape, precision: str, clock: Clock) -> float:
+def trainer(shape: Shape, precision: str, clock: Clock, *, tuned: bool = False) -> float:
     """Train with transformers' Trainer on packed rows of the same ids, as its documentation shows; return the loss."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -134,7 +140,7 @@ def trainer(shape: Shape, precision: str, clock: Clock) -> float:
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape.batch_size, max_steps=100_000, use_cpu=True,
         bf16=precision == "bf16", learning_rate=3e-3, logging_strategy="no", save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_num_workers=0,
+        disable_tqdm=True, dataloader_num_workers=0, torch_compile=tuned,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     return float(Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Stop()]).train().training_loss)
@@ -156,19 +162,19 @@ class Clock:
         return self.steps > 0 and self.elapsed >= self.seconds
 
 
-def work(side: str, shape: Shape, precision: str, seconds: float) -> dict[str, Any]:
+def work(side: str, shape: Shape, precision: str, seconds: float, *, tuned: bool) -> dict[str, Any]:
     """Return what one process measured."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     clock = Clock(seconds)
     if side == "own":
-        take = own(shape, precision)
+        take = own(shape, precision, tuned=tuned)
         loss = take()
         while not clock.tick():
             loss = take()
     else:
-        loss = trainer(shape, precision, clock)
+        loss = trainer(shape, precision, clock, tuned=tuned)
     return {
         "tokens_per_s": clock.steps * shape.tokens / clock.elapsed,
         "steps": clock.steps,
@@ -180,6 +186,7 @@ def work(side: str, shape: Shape, precision: str, seconds: float) -> dict[str, A
 def measure(side: str, name: str, precision: str, seconds: float, *, tuned: bool) -> dict[str, Any]:
     """Return what a fresh process measured; raises SystemExit with what it said when it fails."""
     words = ["--worker", side, "--shapes", name, "--precisions", precision, "--seconds", str(seconds)]
+    words += ["--tuned"] if tuned else []
     environment = os.environ | (TUNED if tuned else {}) | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, __file__, *words], env=environment, capture_output=True, text=True, check=False
@@ -269,10 +276,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--worker", choices=["own", "trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         shape = SHAPES[options.shapes[0]]
-        print(json.dumps(work(options.worker, shape, options.precisions[0], options.seconds)))
+        print(json.dumps(work(options.worker, shape, options.precisions[0], options.seconds, tuned=options.tuned)))
         return
     import torch
     import transformers

@@ -111,7 +111,7 @@ class RunSettings:
     precision: str = "auto"
     """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
     compile: str = "auto"
-    """Whether pretrain and sft compile the network's layers (torch.compile): `on`, `off`, or `auto`: on a GPU only."""
+    """Whether pretrain and sft compile the network's layers: `on`, `off`, `auto`: on a GPU and in long pre-training."""
     strict: bool = False
     """Whether a malformed input line is fatal instead of counted."""
     time_limit_s: float = 0.0

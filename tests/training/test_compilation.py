@@ -97,21 +97,23 @@ def test_only_training_is_compiled_and_all_layers_share_what_is(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "problem", "compiled"),
+    ("setting", "device", "flops", "problem", "compiled"),
     [
-        ("auto", "cpu", "", False),
-        ("off", "cpu", "", False),
-        ("on", "cpu", "", True),
-        ("auto", "cuda", "", True),
-        ("off", "cuda", "", False),
-        ("auto", "cuda", "no triton", False),
+        ("auto", "cpu", 0.99e14, "", False),
+        ("auto", "cpu", 1e14, "", True),
+        ("auto", "cpu", 1e14, "no compiler", False),
+        ("off", "cpu", 1e14, "", False),
+        ("on", "cpu", 0, "", True),
+        ("auto", "cuda", 0, "", True),
+        ("off", "cuda", 0, "", False),
+        ("auto", "cuda", 0, "no triton", False),
     ],
 )
-def test_the_setting_decides(monkeypatch, setting, device, problem, compiled):
+def test_the_setting_decides_and_on_a_cpu_the_length_of_the_run(monkeypatch, setting, device, flops, problem, compiled):
     monkeypatch.setattr(compilation, "device_of", lambda settings: torch.device(device))
     monkeypatch.setattr(compilation, "lacking", lambda device: problem)
     model = network()
-    assert compile_layers(model, RunSettings(compile=setting)) is compiled
+    assert compile_layers(model, RunSettings(compile=setting), flops=flops) is compiled
     assert (model.model.layers[0]._compiled_call_impl is not None) is compiled
 
 

@@ -13,8 +13,8 @@ from trivium.batches import IGNORE
 
 PLAIN_BYTES = 32 * 2**20
 """Logits of up to so many bytes are formed all at once."""
-CHUNK_BYTES_CPU = 2 * 2**20
-"""Above that, so many at a time: they stay in a core's cache (docs/LOG.md)."""
+CHUNK_BYTES_CPU = 8 * 2**20
+"""Above that, so many at a time: enough that adding up the weight's gradient costs little (docs/LOG.md)."""
 CHUNK_BYTES = 256 * 2**20
 """The same on an accelerator, where it bounds memory only."""
 
@@ -96,14 +96,16 @@ def _walk(
     losses = torch.empty(len(targets), device=hidden.device)
     for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
     for_weight = torch.zeros(weight.shape if wanted else 0, device=weight.device)
+    room = torch.empty(min(chunk, len(targets)), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             goal = targets[part, None]
-            scores = (hidden[part] @ weight.T).float()
+            # In place: one block of memory serves all chunks. A fresh one costs a page fault per 4 kB, each time.
+            scores = torch.mm(hidden[part], weight.T, out=room[: len(goal)]).float()
             top = scores.amax(-1, keepdim=True)
             picked = scores.gather(1, goal)
-            shares = scores.sub_(top).exp_()  # in place: one block of memory serves the whole chunk
+            shares = scores.sub_(top).exp_()
             total = shares.sum(-1, keepdim=True)
             normaliser = total.log() + top
             losses[part] = (normaliser - picked + z_loss * normaliser.square())[:, 0]
@@ -111,7 +113,10 @@ def _walk(
                 # d loss / d z = softmax(z) (1 + 2 z_loss logsumexp(z)) - onehot(y)
                 slope = shares.mul_((1 + 2 * z_loss * normaliser) / total).scatter_add_(1, goal, -torch.ones_like(top))
                 slope = (slope if factors is None else slope.mul_(factors[part, None])).to(hidden.dtype)
-                for_hidden[part] = slope @ weight
+                torch.mm(slope, weight, out=for_hidden[part])
                 # Summed in fp32: thousands of chunks in bf16 would lose the small ones.
-                for_weight += slope.T @ hidden[part]
+                if hidden.dtype == torch.float32:
+                    for_weight.addmm_(slope.T, hidden[part])
+                else:
+                    for_weight += slope.T @ hidden[part]
     return losses, for_hidden, for_weight

@@ -126,7 +126,9 @@ def run(config: Config, run: Run) -> None:
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
     model.to(device)
-    compile_layers(model, run.settings)
+    flops_per_item = 3 * model.config.flops_per_token(config.context)
+    items = config.fit.steps * config.fit.batch_size * config.context
+    compiled = compile_layers(model, run.settings, flops=items * flops_per_item)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = world()
 
@@ -146,7 +148,7 @@ def run(config: Config, run: Run) -> None:
         batches,
         config.fit,
         evaluate=evaluate,
-        flops_per_item=3 * model.config.flops_per_token(config.context),
+        flops_per_item=flops_per_item,
         tokens_in=lambda parts: sum(part.input_ids.numel() for part in parts),
     )
     with whole(model):
@@ -157,6 +159,7 @@ def run(config: Config, run: Run) -> None:
         run.note(
             steps=config.fit.steps,
             num_parameters=model.config.num_parameters(),
+            compiled=compiled,
             data={"name": "train_tokenizer shards", "num_documents": len(train), "tokens": train.num_tokens},
             epochs=config.fit.steps * config.fit.batch_size * config.context / max(1, train.num_tokens),
         )

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from trivium.config import ConfigError, RunSettings, Stopped, UserError
 from trivium.runs.ranks import ranks_from_environment
+from trivium.training.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
     wait for it in a collective find it gone. So an error leaves here as itself on rank 0 or on one process alone, and
     as SystemExit on the others.
     """
+    keep_freed_memory()
     setup(settings)
     if world()[1] == 1:
         yield
