@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from trivium.batches import LossOutput
 from trivium.config import RunSettings
 from trivium.training.distributed import compute_dtype, data_ranks, tensor_ranks, world
-from trivium.training.tensor_parallel import settle_gradients, split_layers
+from trivium.training.tensor_parallel import check_network, settle_gradients, split_layers
 
 B = TypeVar("B")
 
@@ -127,13 +127,14 @@ def _lay_on_grid(loss: _Loss, settings: RunSettings) -> DeviceMesh:
     The ranks of a group are neighbours, so that they are on one machine where its GPUs divide by their number.
     """
     groups, tensor = data_ranks()[1], tensor_ranks()
+    check_network(loss.model, _layers(loss), tensor)  # before the groups talk to each other for the first time
     # Replicas of what is cut are torch's hybrid mesh with one shard: DDP itself knows no DTensors.
     sizes = {"data": groups} if settings.parallel == "fsdp" else {"data": groups, "shards": 1}
     device = next(loss.parameters()).device.type
     mesh = init_device_mesh(device, (*sizes.values(), tensor), mesh_dim_names=(*sizes, "tensor"))
     # It advises to flatten meshes, on every rank, where a tensor is gathered over both directions in turn.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    split_layers(loss.model, _layers(loss), mesh["tensor"])
+    split_layers(_layers(loss), mesh["tensor"])
     if groups > 1:
         _shard(loss, settings, mesh[tuple(sizes)])
     return mesh["tensor"]

@@ -48,18 +48,19 @@ def check_divides(config: ModelConfig, ranks: int) -> None:
         )
 
 
-def split_layers(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Keep this rank's part of each layer's matrices, as DTensors on the 1-D `mesh`; the other ranks keep theirs.
-
-    Raises ConfigError for heads that cannot be dealt out, and for a network that is not ours.
-    """
+def check_network(model: nn.Module, layers: Sequence[nn.Module], ranks: int) -> None:
+    """Raise ConfigError for a network that is not ours, or whose heads cannot be dealt out over so many ranks."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig) or not layers or not all(isinstance(layer, Layer) for layer in layers):
         raise ConfigError(
-            f"tensor_parallel = {mesh.size()}: only Trivium's own network knows how to be cut, and "
+            f"tensor_parallel = {ranks}: only Trivium's own network knows how to be cut, and "
             f"{type(model).__name__} is another; use parallel = 'fsdp' alone"
         )
-    check_divides(config, mesh.size())
+    check_divides(config, ranks)
+
+
+def split_layers(layers: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Keep this rank's part of each layer's matrices, as DTensors on the 1-D `mesh`; the other ranks keep theirs."""
     for layer in layers:
         # Every rank has the same weights, so none has to send them.
         parallelize_module(layer, mesh, _plan(layer), src_data_rank=None)
