@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,12 @@ def untrained(alone: Path, name: str) -> Path:
     return workspace
 
 
-def furthest(first: Path, second: Path, table: str) -> tuple[float, str]:
+def furthest(
+    first: Path, second: Path, table: str, *, but: Collection[tuple[str, int]] = frozenset()
+) -> tuple[float, str]:
     """Return the largest difference of any logged figure of a table between two workspaces, and whose it is.
+
+    Those in `but` (name, step) are left out.
 
     Relative for figures above 1, absolute below: what is small is a difference of larger numbers (a KL, a margin).
     """
@@ -176,8 +181,9 @@ def furthest(first: Path, second: Path, table: str) -> tuple[float, str]:
     distances = []
     for name in names:
         assert [step for step, _ in curves[0][name]] == [step for step, _ in curves[1][name]], name
-        for (_, a), (_, b) in zip(curves[0][name], curves[1][name], strict=True):
-            distances.append((abs(a - b) / max(abs(a), 1.0), name))
+        for (step, a), (_, b) in zip(curves[0][name], curves[1][name], strict=True):
+            if (name, step) not in but:
+                distances.append((abs(a - b) / max(abs(a), 1.0), name))
     return max(distances)
 
 
@@ -228,13 +234,17 @@ def test_cut_matrices_give_one_processs_figures(alone: Path, recipe: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "fsdp"), (4, "ddp")])
 def test_cut_every_stage_gives_one_processs_figures(alone: Path, recipe: Path, ranks: int, parallel: str) -> None:
-    """All seven stages, rollouts and both networks of PPO among them, by one and by two groups of two ranks."""
+    """All seven stages, rollouts and both networks of PPO among them, by one and by two groups of two ranks.
+
+    But for DPO's training accuracy at its first step, where the policy is the reference: it counts the signs of
+    margins that are rounding errors there, since the reference's were summed whole and the policy's in two parts.
+    """
     workspace = untrained(alone, f"tensor-{ranks}-{parallel}")
     words = ("--run.tensor-parallel", "2", "--run.parallel", parallel)
     code, _, err = finish(on_ranks(ranks, "run", recipe, "--workspace", workspace, *words), 550)
     assert code == 0, err[-3000:]
     for table in TRAINED:
-        distance, name = furthest(alone, workspace, table)
+        distance, name = furthest(alone, workspace, table, but={("train/accuracy", 1)} if table == "dpo" else set())
         assert distance < 1e-5, f"{table} {name}: {distance}"
 
 
