@@ -118,6 +118,8 @@ class RunSettings:
     """Wall-clock seconds after which the command saves a checkpoint and ends with exit code 4; 0 means no limit."""
     parallel: str = "ddp"
     """Under torchrun: `ddp` keeps the whole model on every rank, `fsdp` shards it over them. Results do not change."""
+    tensor_parallel: int = 1
+    """Under torchrun: so many neighbouring ranks share each layer's matrices and the rows; 1 leaves them whole."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
     rank_timeout_s: int = 1800
@@ -127,6 +129,7 @@ class RunSettings:
         """Refuse what no machine can do."""
         one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"), parallel=("ddp", "fsdp"))
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
+        bounds(self, tensor_parallel=(1, 4096))
 
 
 @dataclass(frozen=True, kw_only=True)

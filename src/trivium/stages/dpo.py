@@ -30,7 +30,7 @@ from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, data_ranks, device_of
 from trivium.training.judgements import data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -103,7 +103,7 @@ def run(config: Config, run: Run) -> None:
     train = with_reference(run, model, judgements.train, config, tokenizer.pad_id)
     heldout = with_reference(run, model, judgements.heldout, config, tokenizer.pad_id)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed)
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
         rows = loader.rows(step, rank, size)

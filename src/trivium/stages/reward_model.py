@@ -28,7 +28,7 @@ from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
-from trivium.training.distributed import device_of, world
+from trivium.training.distributed import data_ranks, device_of
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -89,7 +89,7 @@ def run(config: Config, run: Run) -> None:
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     train, heldout = judgements.train, judgements.heldout
     loader = RowLoader(len(train), config.fit.batch_size, run.seed)
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
         rows = loader.rows(step, rank, size)

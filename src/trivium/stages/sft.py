@@ -31,7 +31,7 @@ from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, data_ranks, device_of
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -73,7 +73,7 @@ def run(config: Config, run: Run) -> None:
     model = load_model(run.model("init"), device=device)
     compile_layers(model, run.settings)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         rows = loader.rows(step, rank, size)

@@ -5,15 +5,17 @@ Every trainable parameter is in exactly one group; norms, biases, embeddings and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from trivium.config import bounds, one_of
 from trivium.training.muon import Muon
-from trivium.training.parallel import clip_gradients, shard_like
+from trivium.training.parallel import clip_gradients, mesh_of, shard_like
 from trivium.training.schedule import ScheduleConfig
 
 
@@ -63,6 +65,18 @@ def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     return groups
 
 
+def by_mesh(parameters: Sequence[nn.Parameter]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return one parameter group for each set of ranks that parameters are sharded over, and their places in the list.
+
+    A fused update takes no mixture. A checkpoint counts by the places, which do not depend on the ranks.
+    """
+    groups: dict[DeviceMesh | None, list[int]] = {}
+    for place, parameter in enumerate(parameters):
+        groups.setdefault(mesh_of(parameter), []).append(place)
+    made = [{"params": [parameters[place] for place in places]} for places in groups.values()]
+    return made, [place for places in groups.values() for place in places]
+
+
 class Optimizer:
     """One or two torch optimizers stepped as one, with a learning-rate factor per step."""
 
@@ -91,9 +105,12 @@ class Optimizer:
                     hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
                 )
             )
+        self._places: list[list[int]] = [list(range(len(hidden)))] if hidden else []
         if rest:
+            groups_of_rest, places = by_mesh(rest)
+            self._places.append(places)
             self.optimizers.append(
-                torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+                torch.optim.AdamW(groups_of_rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
             )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
@@ -117,9 +134,9 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as flat named tensors, for a checkpoint."""
         flat: dict[str, Tensor] = {}
-        for number, optimizer in enumerate(self.optimizers):
+        for number, (optimizer, places) in enumerate(zip(self.optimizers, self._places, strict=True)):
             for index, entry in optimizer.state_dict()["state"].items():
-                flat |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+                flat |= {f"{number}.{places[index]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         return flat
 
     def state_bytes(self) -> int:
@@ -135,10 +152,12 @@ class Optimizer:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
+            indices = {place: index for index, place in enumerate(self._places[number])}
             owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for name, value in _under(flat, f"{number}."):
-                index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = shard_like(owners[int(index)], value)
+                place, key = name.split(".", 1)
+                index = indices[int(place)]
+                state.setdefault(index, {})[key] = shard_like(owners[index], value)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
