@@ -51,15 +51,18 @@ class OptimConfig:
 
 
 def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Return the trainable parameters as `hidden` matrices, other `decayed`-free `rest`; each exactly once.
+    """Return the trainable parameters as `hidden` matrices, low-rank `adapters` and the `rest`; each exactly once.
 
-    Hidden matrices are the 2-D weights of the blocks; embeddings, heads, norms and biases are the rest.
+    Hidden matrices are the 2-D weights of the blocks, and the only ones decayed; embeddings, heads, norms and biases
+    are the rest. Adapters (models/lora.py) are matrices inside the blocks too, but AdamW's: what Muon would make
+    orthogonal is a factor of their product, not the product (docs/LOG.md has both measured).
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "rest": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "adapters": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and ".layers." in f".{name}"
-            groups["hidden" if hidden else "rest"].append((name, parameter))
+            kind = "adapters" if name.endswith(("lora_A", "lora_B")) else "hidden" if hidden else "rest"
+            groups[kind].append((name, parameter))
     return groups
 
 
@@ -71,8 +74,9 @@ class Optimizer:
         self.config = config
         groups = partition(model)
         hidden = [p for _, p in groups["hidden"]]
+        adapters = [p for _, p in groups["adapters"]]
         rest = [p for _, p in groups["rest"]]
-        self.parameters = hidden + rest
+        self.parameters = hidden + adapters + rest
         betas = (config.beta1, config.beta2)
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -90,6 +94,10 @@ class Optimizer:
                 torch.optim.AdamW(
                     hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
                 )
+            )
+        if adapters:
+            self.optimizers.append(
+                torch.optim.AdamW(adapters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
             )
         if rest:
             self.optimizers.append(
