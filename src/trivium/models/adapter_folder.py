@@ -105,26 +105,29 @@ def load_adapter(folder: Path, model: M) -> M:
     folder = Path(folder)
     rank, scale = _read_adapter_config(folder, is_scalar=isinstance(model, ScalarModel))
     tensors = _read_adapter(folder)
-    if isinstance(model, ScalarModel) and "score.weight" in tensors:
-        head = tensors.pop("score.weight")
-        require(head.shape == model.score.weight.shape, f"{folder}: score.weight is of another network's size.")
+    known = dict(targets_in(model, MATRICES["both"]))
+    wanted: dict[str, list[int]] = {}
+    names = {name.rpartition(".lora_")[0] for name in tensors} - {""}
+    for name in sorted(names):
+        require(name in known, f"{folder} has {name}, where this network can have no adapter.")
+        outputs, inputs = known[name].weight.shape
+        wanted |= {f"{name}.lora_A.weight": [rank, inputs], f"{name}.lora_B.weight": [outputs, rank]}
+    head = tensors.pop("score.weight", None)
+    if isinstance(model, ScalarModel) and head is not None:
+        tensors["score.weight"], wanted["score.weight"] = head, list(model.score.weight.shape)
+    for name, shape in wanted.items():  # all before any: what is refused has changed nothing
+        require(name in tensors, f"{folder} lacks {name}.")
+        found = list(tensors[name].shape)
+        require(found == shape, f"{folder}: {name} is {found}, and this network needs {shape}.")
+    freeze(model)
+    for name in sorted(names):
+        made = attach(model, name, known[name], rank, scale)
+        with torch.no_grad():
+            made.lora_A.copy_(tensors[f"{name}.lora_A.weight"])
+            made.lora_B.copy_(tensors[f"{name}.lora_B.weight"])
+    if isinstance(model, ScalarModel) and head is not None:
         with torch.no_grad():
             model.score.weight.copy_(head)
-    pairs = sorted({name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in tensors})
-    known = dict(targets_in(model, MATRICES["both"]))
-    for name in pairs:
-        require(name in known, f"{folder} has {name}, where this network can have no adapter.")
-    freeze(model)
-    for name in pairs:
-        made = attach(model, name, known[name], rank, scale)
-        for part in ("lora_A", "lora_B"):
-            own, found = getattr(made, part), tensors.get(f"{name}.{part}.weight")
-            require(found is not None, f"{folder} lacks {name}.{part}.weight.")
-            assert found is not None
-            fits = f"{folder}: {name}.{part} is {list(found.shape)}, and this network needs {list(own.shape)}."
-            require(found.shape == own.shape, fits)
-            with torch.no_grad():
-                own.copy_(found)
     return model
 
 
