@@ -22,6 +22,7 @@ import torch
 from trivium.batches import IGNORE, LossOutput, TokenBatch, select_rows
 from trivium.config import ConfigError, RunSettings
 from trivium.models.config import ModelConfig
+from trivium.models.lora import LoraConfig, adapt
 from trivium.models.transformer import Transformer
 from trivium.runs.events import read_metrics
 from trivium.stages.sft import objective
@@ -32,7 +33,7 @@ from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import SampleConfig, sample_over_ranks
 from trivium.training.step import train_step
-from trivium.training.tensor_parallel import check_divides
+from trivium.training.tensor_parallel import check_divides, check_network
 
 from .test_ranks import close, open_run
 
@@ -310,6 +311,13 @@ def test_a_shape_that_cannot_be_dealt_out_is_refused_with_its_numbers() -> None:
         check_divides(config, 4)
     with pytest.raises(ConfigError, match="= 8 does not divide the model's num_attention_heads = 4 and num_key"):
         check_divides(config, 8)
+
+
+def test_adapters_are_not_cut() -> None:
+    """The plan is for whole matrices: an adapter's own two would be left out of it."""
+    model = adapt(tiny_model(), LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"tensor_parallel = 2 cuts whole matrices.*set lora.rank to 0"):
+        check_network(model, list(model.model.layers), 2)
 
 
 def test_ranks_that_are_no_whole_groups_are_refused() -> None:

@@ -1,7 +1,7 @@
 """Direct preference optimisation: the policy learns the rankings with no reward model and no sampling.
 
 Reads   rankings from preferences.db; the SFT model, which is both start and frozen reference
-Writes  model/: a chat model
+Writes  model/: a chat model; with LoRA its adapters too, in adapter/
 Paper   Rafailov et al. 2023, arXiv 2305.18290, equation 7; IPO: Azar et al. 2023, arXiv 2310.12036, equation 17
 Watch   train/margin grows, eval/accuracy with it; how far from the reference it went, evaluate says in nats
 """
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from trivium.batches import LossOutput, PreferenceBatch, to_device
-from trivium.config import Ref, bounds, one_of
+from trivium.config import Dial, Ref, bounds, one_of
 from trivium.data.collate import PreferenceGroup, collate_preferences
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.stats import wilson_interval
 from trivium.losses import dpo as losses
 from trivium.losses.logprobs import token_logprobs
-from trivium.models.hf import load_model, save_model
+from trivium.models.adapter_folder import save_adapted
+from trivium.models.hf import load_model
+from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
 from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind
@@ -58,6 +60,8 @@ class Config:
     """Longest prompt with response, in tokens."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop; its items are ranked groups."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse combinations that would be ignored silently."""
@@ -87,7 +91,7 @@ def run(config: Config, run: Run) -> None:
     """Train the policy on the judgements and save it."""
     tokenizer = Tokenizer.load(run.model("policy"))
     device = device_of(run.settings)
-    model = load_model(run.model("policy"), device=device)
+    model = adapt(load_model(run.model("policy"), device=device), config.lora, seed=run.seed)
     collection = run.parent("comparisons").name
     with Store(run.workspace / "preferences.db") as store:
         judgements = load_judgements(
@@ -123,7 +127,7 @@ def run(config: Config, run: Run) -> None:
         batches,
         config.fit,
         evaluate=evaluate,
-        flops_per_item=3 * model.config.flops_per_token(config.context),
+        flops_per_item=training_flops(model.config, config.context, config.lora),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     with whole(model):
@@ -138,9 +142,10 @@ def run(config: Config, run: Run) -> None:
             dropped=judgements.dropped,
             kinds=judgements.kinds,
             data=data_facts(collection, train),
+            **adapter_facts(model),
         )
         tokenizer.save(run.dir / "model")
-        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+        save_adapted(run.dir, model, eos_token_id=tokenizer.end_id)
 
 
 def completion_sums(model: Transformer, batch: PreferenceBatch, *, mean: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Group-relative policy optimisation: the policy learns from rewards that can be checked, with no value model.
 
 Reads   a chat model (start and frozen reference) and prompts whose meta holds a check, or any reward function
-Writes  model/: a chat model
+Writes  model/: a chat model; with LoRA its adapters too, in adapter/
 Paper   Shao et al. 2024, arXiv 2402.03300; Liu et al. 2025, arXiv 2503.20783 (`scale = "none"`)
 Watch   rollout/reward rises; rollout/zero_variance_frac is the share of groups that teach nothing
 """
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
-from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute, one_of
+from trivium.config import CodeRef, Dial, InputPath, Ref, bounds, load_attribute, one_of
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses.grpo import group_advantages, grpo
 from trivium.losses.logprobs import masked_sum, token_logprobs
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
-from trivium.models.hf import load_model, save_model
+from trivium.models.lora import LoraConfig, adapter_facts, policy_and_reference, training_flops
 from trivium.models.transformer import Transformer
 from trivium.records import Completion
 from trivium.runs.events import read_metrics
@@ -37,6 +38,7 @@ from trivium.training.rollout import (
     SampleConfig,
     completion_logprobs,
     log_samples,
+    reference_logprobs,
     room_for_prompt,
     rows_over_ranks,
     sample_over_ranks,
@@ -79,6 +81,8 @@ class Config:
     """Optimizer."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How completions are sampled."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range; a group of one has no baseline."""
@@ -130,8 +134,7 @@ class Trainer:
         device = device_of(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
-        self.policy = load_model(folder, device=device)
-        self.reference = load_model(folder, device=device).requires_grad_(False)
+        self.policy, self.reference = policy_and_reference(folder, config.lora, device=device, seed=run.seed)
         self.modules = {"policy": self.policy}
         self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
@@ -182,7 +185,7 @@ class Trainer:
         temperature = self.config.sampling.temperature
         with autocast(self.run.settings):
             old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
-            reference = rows_over_ranks(tokens, partial(completion_logprobs, self.reference, temperature=temperature))
+            reference = rows_over_ranks(tokens, partial(reference_logprobs, self.reference, temperature=temperature))
         groups = torch.arange(len(rows)) // self.config.group_size
         scale: Literal["std", "none"] = "std" if self.config.scale == "std" else "none"
         advantages = group_advantages(rewards, groups, scale).to(device)
@@ -220,10 +223,10 @@ class Trainer:
         if skipped:
             self.run.metric("train/skipped", skipped, round_ + 1)
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
-        # Sampling, old and reference are one forward each, the update three.
-        self.run.spend(
-            tokens=num_tokens, flops=6 * self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens
-        )
+        model, context = self.policy.config, batch.mask.shape[1]
+        # Sampling, old and reference are one forward each, the update three (fewer with adapters).
+        flops = 3 * model.flops_per_token(context) + training_flops(model, context, config.lora)
+        self.run.spend(tokens=num_tokens, flops=flops * num_tokens)
         return sum(losses) / len(losses)
 
     def record(
@@ -268,6 +271,7 @@ class Trainer:
             num_parameters=self.policy.config.num_parameters(),
             prompts_too_long=self.prompts.too_long,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
+            **adapter_facts(self.policy),
         )
         self.tokenizer.save(run.dir / "model")
-        save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)
+        save_adapted(run.dir, self.policy, eos_token_id=self.tokenizer.end_id)

@@ -1,7 +1,8 @@
 """The reward model: a separate network with a scalar head learns the rankings.
 
 Reads   rankings from preferences.db (the collection of a collect_comparisons run); a chat model to start from
-Writes  model/: a sequence classifier with one label, and in its config the mean and deviation of its raw scores
+Writes  model/: a sequence classifier with one label, and in its config the mean and deviation of its raw scores;
+        with LoRA its adapters too, in adapter/
 Paper   Ouyang et al. 2022, arXiv 2203.02155, equation 1: all pairs of a prompt in one batch, weighted 1/C(K,2)
 Watch   held-out accuracy beside the annotators' ceiling: how often one annotator foretells another
 """
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from trivium.batches import LossOutput, PreferenceBatch, to_device
-from trivium.config import Ref, bounds, one_of
+from trivium.config import Dial, Ref, bounds, one_of
 from trivium.data.collate import PreferenceGroup, collate_preferences
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.stats import wilson_interval
 from trivium.losses.pairwise import bradley_terry, plackett_luce
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.heads import ScalarModel, score_at
-from trivium.models.hf import load_model, save_model
+from trivium.models.hf import load_model
+from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
 from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
@@ -52,6 +55,8 @@ class Config:
     """Longest prompt with response, in tokens; groups with a longer one are left out and counted."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop; its items are ranked groups."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters, and the head, instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss."""
@@ -87,6 +92,7 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     backbone = load_model(run.model("init"), device=device)
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
+    model = adapt(model, config.lora, seed=run.seed)
     train, heldout = judgements.train, judgements.heldout
     loader = RowLoader(len(train), config.fit.batch_size, run.seed)
     rank, size = data_ranks()
@@ -110,7 +116,7 @@ def run(config: Config, run: Run) -> None:
         batches,
         config.fit,
         evaluate=evaluate,
-        flops_per_item=3 * backbone.config.flops_per_token(config.context),
+        flops_per_item=training_flops(backbone.config, config.context, config.lora),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     with whole(model):
@@ -120,9 +126,7 @@ def run(config: Config, run: Run) -> None:
         mean, std = calibrate(model, train, tokenizer.pad_id)
         run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
         tokenizer.save(run.dir / "model")
-        save_model(
-            run.dir / "model", model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id
-        )
+        save_adapted(run.dir, model, extra={"reward_mean": mean, "reward_std": std}, eos_token_id=tokenizer.end_id)
 
 
 def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
@@ -138,11 +142,12 @@ def report(run: Run, model: ScalarModel, judgements: Judgements, pad_id: int) ->
     run.result("pairwise_accuracy@1", "accuracy", right / max(pairs, 1), low=low, high=high, n=pairs)
     ceiling = agreement(judgements.heldout_rankings, seed=run.seed).ceiling
     run.note(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
         kinds=judgements.kinds,
         num_heldout_rankings=len(judgements.heldout),
         dropped=judgements.dropped,
         ceiling=to_dict(ceiling) if ceiling else None,
+        **adapter_facts(model),
     )
 
 

@@ -315,8 +315,11 @@ class Checkpointer:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint holds of a module, by name: its parameters, a tied one once."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """Return what a checkpoint holds of a module, by name: the parameters that are trained, a tied one once.
+
+    Frozen ones (those below adapters) are the parent's, from which the stage has loaded them again.
+    """
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -53,15 +53,18 @@ class OptimConfig:
 
 
 def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Return the trainable parameters as `hidden` matrices, other `decayed`-free `rest`; each exactly once.
+    """Return the trainable parameters as `hidden` matrices, low-rank `adapters` and the `rest`; each exactly once.
 
-    Hidden matrices are the 2-D weights of the blocks; embeddings, heads, norms and biases are the rest.
+    Hidden matrices are the 2-D weights of the blocks, and the only ones decayed; embeddings, heads, norms and biases
+    are the rest. Adapters (models/lora.py) are matrices inside the blocks too, but AdamW's: what Muon would make
+    orthogonal is a factor of their product, not the product (docs/LOG.md has both measured).
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "rest": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "adapters": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and ".layers." in f".{name}"
-            groups["hidden" if hidden else "rest"].append((name, parameter))
+            kind = "adapters" if name.endswith(("lora_A", "lora_B")) else "hidden" if hidden else "rest"
+            groups[kind].append((name, parameter))
     return groups
 
 
@@ -78,15 +81,16 @@ def by_mesh(parameters: Sequence[nn.Parameter]) -> tuple[list[dict[str, Any]], l
 
 
 class Optimizer:
-    """One or two torch optimizers stepped as one, with a learning-rate factor per step."""
+    """One to three torch optimizers stepped as one, with a learning-rate factor per step."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         """Build the optimizers over the trainable parameters of `model`."""
         self.config = config
         groups = partition(model)
         hidden = [p for _, p in groups["hidden"]]
+        adapters = [p for _, p in groups["adapters"]]
         rest = [p for _, p in groups["rest"]]
-        self.parameters = hidden + rest
+        self.parameters = hidden + adapters + rest
         betas = (config.beta1, config.beta2)
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -106,12 +110,13 @@ class Optimizer:
                 )
             )
         self._places: list[list[int]] = [list(range(len(hidden)))] if hidden else []
-        if rest:
-            groups_of_rest, places = by_mesh(rest)
-            self._places.append(places)
-            self.optimizers.append(
-                torch.optim.AdamW(groups_of_rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
-            )
+        for members, lr in ((adapters, config.lr), (rest, rest_lr)):
+            if members:
+                members_by_mesh, places = by_mesh(members)
+                self._places.append(places)
+                self.optimizers.append(
+                    torch.optim.AdamW(members_by_mesh, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+                )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def step(self, lr_scale: float) -> None:

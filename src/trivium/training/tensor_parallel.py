@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 
 from trivium.config import ConfigError
 from trivium.models.config import ModelConfig
+from trivium.models.lora import adapters_of
 from trivium.models.transformer import Layer, ProjectionNorm
 
 HEADS = 2
@@ -49,12 +50,17 @@ def check_divides(config: ModelConfig, ranks: int) -> None:
 
 
 def check_network(model: nn.Module, layers: Sequence[nn.Module], ranks: int) -> None:
-    """Raise ConfigError for a network that is not ours, or whose heads cannot be dealt out over so many ranks."""
+    """Raise ConfigError for a network that is not ours, has adapters, or cannot be dealt out over so many ranks."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig) or not layers or not all(isinstance(layer, Layer) for layer in layers):
         raise ConfigError(
             f"tensor_parallel = {ranks}: only Trivium's own network knows how to be cut, and "
             f"{type(model).__name__} is another; use parallel = 'fsdp' alone"
+        )
+    if adapters_of(model):
+        raise ConfigError(
+            f"tensor_parallel = {ranks} cuts whole matrices, and this stage trains low-rank adapters beside them; "
+            "set lora.rank to 0, or use parallel = 'fsdp' alone"
         )
     check_divides(config, ranks)
 
