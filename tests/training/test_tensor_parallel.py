@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from trivium.batches import IGNORE, LossOutput, TokenBatch, select_rows
 from trivium.config import ConfigError, RunSettings
@@ -30,10 +31,10 @@ from trivium.training import distributed
 from trivium.training.distributed import data_ranks, joined, setup, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.optim import OptimConfig, Optimizer
-from trivium.training.parallel import spread, whole
+from trivium.training.parallel import Spread, spread, whole
 from trivium.training.rollout import SampleConfig, sample_over_ranks
 from trivium.training.step import train_step
-from trivium.training.tensor_parallel import check_divides, check_network
+from trivium.training.tensor_parallel import check_divides, check_network, settle_gradients
 
 from .test_ranks import close, open_run
 
@@ -152,6 +153,24 @@ def sampled(settings: RunSettings) -> list[Any]:
     return [[g.token_ids, g.finish_reason] for g in made]
 
 
+def settled(settings: RunSettings) -> dict[str, Any]:
+    """Let a copy's gradient drift by the rank's number, settle, and say what it was, what each rank has, what is odd."""
+    setup(settings)
+    model = tiny_model()
+    cut = spread(model, partial(objective, model), settings)
+    assert isinstance(cut, Spread) and cut._tensor_mesh is not None
+    with cut.reducing(last=False):
+        cut(global_batch(0)).total.backward()
+    weight = model.model.norm.weight
+    assert weight.grad is not None
+    own = weight.grad.tolist()
+    weight.grad += world()[0]
+    settle_gradients(list(model.parameters()), cut._tensor_mesh)
+    cut_ones = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    odd = [name for name, p in cut_ones if not isinstance(p.grad, DTensor) or p.grad.placements != p.placements]
+    return {"own": own, "each": distributed.gather_rows(weight.grad[None]).tolist(), "odd": odd, "cut": len(cut_ones)}
+
+
 def refused(settings: RunSettings) -> str:
     """Return what is said to a network that cannot be cut."""
     setup(settings)
@@ -176,7 +195,7 @@ def work(folder: Path) -> dict[str, Any]:
             "fsdp muon": (FSDP, "muon", "qwen3"),
         }
         trained(folder / "moved", TP, "muon", until=2)
-        found |= {"refused": refused(TP), "sampled": sampled(TP)}
+        found |= {"refused": refused(TP), "settled": settled(TP), "sampled": sampled(TP)}
     else:
         runs = {
             f"{name} {kind}": (settings, kind, "qwen3")
@@ -280,6 +299,18 @@ def test_a_sharded_average_is_the_average(found: Found, alone: Callable[..., dic
 def test_a_run_moves_between_cut_and_whole(found: Found, alone: Callable[..., dict[str, Any]]) -> None:
     """Cut over 2 ranks, killed; one process, killed; 2 x 2 ranks with FSDP, killed; ended by one process."""
     same(found.moved, alone("muon"))
+
+
+@pytest.mark.timeout(900)
+def test_copies_keep_together(found: Found) -> None:
+    """Gradients of a copy 0 and 1 off on two ranks are 0.5 off on both; what is cut has them laid out as it is itself.
+
+    Seven matrices and the two norms of queries and keys in each of two layers.
+    """
+    settled = found.by_name["settled"]
+    for copy in settled["each"]:
+        assert copy == pytest.approx([value + 0.5 for value in settled["own"]], abs=1e-5)
+    assert settled["odd"] == [] and settled["cut"] == 2 * (7 + 2)
 
 
 @pytest.mark.timeout(900)
