@@ -30,7 +30,7 @@ from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind
 from trivium.runs.manifest import Run
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, device_of, weight_dtype, world
 from trivium.training.judgements import data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -87,7 +87,7 @@ def run(config: Config, run: Run) -> None:
     """Train the policy on the judgements and save it."""
     tokenizer = Tokenizer.load(run.model("policy"))
     device = device_of(run.settings)
-    model = load_model(run.model("policy"), device=device)
+    model = load_model(run.model("policy"), device=device, dtype=weight_dtype(run.settings))
     collection = run.parent("comparisons").name
     with Store(run.workspace / "preferences.db") as store:
         judgements = load_judgements(

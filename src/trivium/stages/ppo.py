@@ -30,7 +30,7 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -150,17 +150,17 @@ class Trainer:
         """Load the models and the prompts; raises UserError when there are none."""
         self.config, self.run = config, run
         check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
-        device = device_of(run.settings)
+        device, dtype = device_of(run.settings), weight_dtype(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
         if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
             raise ConfigError(
                 f"{run.id}: policy and reward model have different tokenizers; train one from the other's"
             )
-        self.policy = load_model(folder, device=device)
-        self.reference = load_model(folder, device=device).requires_grad_(False)
+        self.policy = load_model(folder, device=device, dtype=dtype)
+        self.reference = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
-        self.value = copy.deepcopy(self.reward.model).requires_grad_(True)
+        self.value = copy.deepcopy(self.reward.model).to(dtype).requires_grad_(True)
         torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
         self.modules = {"policy": self.policy, "value": self.value}
         self.objectives = {

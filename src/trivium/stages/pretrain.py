@@ -30,7 +30,7 @@ from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, device_of, weight_dtype, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -125,7 +125,7 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
-    model.to(device)
+    model.to(device, weight_dtype(run.settings))
     compile_layers(model, run.settings)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = world()

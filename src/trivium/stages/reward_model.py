@@ -28,7 +28,7 @@ from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
-from trivium.training.distributed import device_of, world
+from trivium.training.distributed import device_of, weight_dtype, world
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -85,7 +85,7 @@ def run(config: Config, run: Run) -> None:
             seed=run.seed,
         )
     device = device_of(run.settings)
-    backbone = load_model(run.model("init"), device=device)
+    backbone = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     train, heldout = judgements.train, judgements.heldout
     loader = RowLoader(len(train), config.fit.batch_size, run.seed)
