@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trivium.batches import TokenBatch
+from trivium.batches import TokenBatch, select_rows
 from trivium.config import ConfigError, RunSettings
+from trivium.models.config import ModelConfig
 from trivium.models.generate import generate
 from trivium.models.hf import load_model, save_model
+from trivium.models.transformer import Transformer
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages.sft import objective
@@ -318,6 +320,26 @@ def test_what_is_summed_is_summed_in_fp32() -> None:
     assert total.dtype == torch.float32
     total.backward()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("parts", "bound"), [(1, 0.02), (64, 0.025), (256, 0.04)])
+def test_many_micro_batches_are_summed_in_bf16_without_losing_them(parts: int, bound: float) -> None:
+    """Of the gradient in fp32; a sum that stood still would be off by far more. Measured: 1.3%, 1.6% and 2.3%."""
+
+    def gradient(dtype: torch.dtype, parts: int) -> Tensor:
+        config = ModelConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            qk_norm=True, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = Transformer(config).init_weights(0).bfloat16().to(dtype)
+        for rows in torch.arange(256).chunk(parts):
+            (objective(model, select_rows(batch, rows)).total / 4096).backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+    ids = torch.randint(0, 64, (256, 16), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(input_ids=ids, targets=ids.roll(-1, 1), positions=torch.arange(16).expand(256, 16))
+    exact = gradient(torch.float32, 1)
+    assert float((gradient(torch.bfloat16, parts) - exact).norm() / exact.norm()) < bound
 
 
 def test_transformers_reads_the_export(tmp_path) -> None:
