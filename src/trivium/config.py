@@ -110,7 +110,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
-    """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
+    """`fp32`; `bf16` for the products, over fp32 weights; `auto`: bf16 where it pays; `bf16-pure`: bf16 weights too."""
     compile: str = "auto"
     """Whether pretrain and sft compile the network's layers: `on`, `off`, `auto`: on a GPU and in long pre-training."""
     strict: bool = False
@@ -125,10 +125,15 @@ class RunSettings:
     """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
     rank_timeout_s: int = 1800
     """Seconds after which a rank that waits for another in a collective gives up; not for stages that rank 0 runs."""
+    allow_changed: bool = False
+    """Go on from another run's checkpoint (other data, tokenizer, config, seed), and log it, instead of refusing it."""
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"), parallel=("ddp", "fsdp"))
+        one_of(self, precision=("auto", "fp32", "bf16", "bf16-pure"), parallel=("ddp", "fsdp"))
+        one_of(self, compile=("auto", "on", "off"))
+        if self.precision == "bf16-pure" and self.parallel == "fsdp":
+            raise ConfigError("precision = 'bf16-pure' is for whole weights; with parallel = 'fsdp' use 'bf16'")
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
         bounds(self, tensor_parallel=(1, 4096))
 

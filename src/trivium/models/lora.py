@@ -118,25 +118,33 @@ def adapt(model: M, config: LoraConfig, *, seed: int = 0) -> M:
 
 
 def policy_and_reference(
-    folder: Path, config: LoraConfig, *, device: str | torch.device = "cpu", seed: int = 0
+    folder: Path,
+    config: LoraConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> tuple[Transformer, Transformer]:
     """Return the model of a folder, to train, and the frozen one that it is compared with.
 
     With adapters both are one network, and the reference is what it computes inside `adapters_off`. The folder's
     weights are whole, an earlier stage's adapters merged into them, so that is the start of this stage and no other.
     """
-    policy = adapt(load_model(folder, device=device), config, seed=seed)
-    return policy, policy if config else load_model(folder, device=device).requires_grad_(False)
+    policy = adapt(load_model(folder, device=device, dtype=dtype), config, seed=seed)
+    return policy, policy if config else load_model(folder, device=device, dtype=dtype).requires_grad_(False)
 
 
-def trained_copy(frozen: ScalarModel, config: LoraConfig, *, seed: int = 0) -> ScalarModel:
-    """Return a copy of a frozen scalar model, to train: all of it, or adapters beside the very same weights.
+def trained_copy(
+    frozen: ScalarModel, config: LoraConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> ScalarModel:
+    """Return a copy of a frozen scalar model, to train: all of it in `dtype`, or adapters beside the very same weights.
 
-    With adapters the two share the tensors below the head (PPO's reward model and its value model do).
+    With adapters the two share the tensors below the head (PPO's reward model and its value model do), in the frozen
+    one's dtype.
     """
     shared = {id(parameter): parameter for parameter in frozen.model.parameters()} if config else {}
     made = copy.deepcopy(frozen, shared)
-    return adapt(made, config, seed=seed) if config else made.requires_grad_(True)
+    return adapt(made, config, seed=seed) if config else made.to(dtype).requires_grad_(True)
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:

@@ -33,7 +33,7 @@ from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind
 from trivium.runs.manifest import Run
-from trivium.training.distributed import all_reduce_sum, autocast, data_ranks, device_of
+from trivium.training.distributed import all_reduce_sum, autocast, data_ranks, device_of, weight_dtype
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -113,7 +113,8 @@ def run(config: Config, run: Run) -> None:
     """Train the policy on the judgements and save it."""
     tokenizer = Tokenizer.load(run.model("policy"))
     device = device_of(run.settings)
-    model = adapt(load_model(run.model("policy"), device=device), config.lora, seed=run.seed)
+    start = load_model(run.model("policy"), device=device, dtype=weight_dtype(run.settings))
+    model = adapt(start, config.lora, seed=run.seed)
     collection = run.parent("comparisons").name
     with Store(run.workspace / "preferences.db") as store:
         judgements = load_judgements(

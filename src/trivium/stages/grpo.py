@@ -32,7 +32,7 @@ from trivium.rewards.weighted import WeightedRewards, as_completions
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -150,10 +150,12 @@ class Trainer:
     def __init__(self, config: Config, run: Run) -> None:
         """Load the models, the prompts and the rewards."""
         self.config, self.run = config, run
-        device = device_of(run.settings)
+        device, dtype = device_of(run.settings), weight_dtype(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
-        self.policy, self.reference = policy_and_reference(folder, config.lora, device=device, seed=run.seed)
+        self.policy, self.reference = policy_and_reference(
+            folder, config.lora, device=device, dtype=dtype, seed=run.seed
+        )
         self.modules = {"policy": self.policy}
         self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}

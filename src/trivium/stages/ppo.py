@@ -30,7 +30,7 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -153,16 +153,16 @@ class Trainer:
         """Load the models and the prompts; raises UserError when there are none."""
         self.config, self.run = config, run
         check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
-        device = device_of(run.settings)
+        device, dtype = device_of(run.settings), weight_dtype(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
         if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
-            raise ConfigError(
-                f"{run.id}: policy and reward model have different tokenizers; train one from the other's"
-            )
-        self.policy, self.reference = policy_and_reference(folder, config.lora, device=device, seed=run.seed)
+            raise ConfigError(f"{run.id}: policy and reward model have different tokenizers; train one from the other")
+        self.policy, self.reference = policy_and_reference(
+            folder, config.lora, device=device, dtype=dtype, seed=run.seed
+        )
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
-        self.value = trained_copy(self.reward.model, config.lora, seed=run.seed + 1)
+        self.value = trained_copy(self.reward.model, config.lora, dtype=dtype, seed=run.seed + 1)
         torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
         self.modules = {"policy": self.policy, "value": self.value}
         self.objectives = {

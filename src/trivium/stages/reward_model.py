@@ -31,7 +31,7 @@ from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
 from trivium.runs.manifest import Run
-from trivium.training.distributed import data_ranks, device_of
+from trivium.training.distributed import data_ranks, device_of, weight_dtype
 from trivium.training.judgements import Judgements, data_facts, load_judgements
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
@@ -90,7 +90,7 @@ def run(config: Config, run: Run) -> None:
             seed=run.seed,
         )
     device = device_of(run.settings)
-    backbone = load_model(run.model("init"), device=device)
+    backbone = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     model = adapt(model, config.lora, seed=run.seed)
     train, heldout = judgements.train, judgements.heldout

@@ -33,7 +33,7 @@ from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
-from trivium.training.distributed import autocast, data_ranks, device_of
+from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -74,7 +74,8 @@ def run(config: Config, run: Run) -> None:
     tokenizer = Tokenizer.load(run.model("init"))
     train, heldout, facts = load_rows(config, run, tokenizer)
     device = device_of(run.settings)
-    model = adapt(load_model(run.model("init"), device=device), config.lora, seed=run.seed)
+    start = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
+    model = adapt(start, config.lora, seed=run.seed)
     compile_layers(model, run.settings)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
     rank, size = data_ranks()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from trivium.config import ConfigError, RunSettings, Stopped, UserError
 from trivium.runs.ranks import ranks_from_environment
 from trivium.training.allocator import keep_freed_memory
+from trivium.training.timing import product_seconds
 
 T = TypeVar("T")
 
@@ -225,10 +225,22 @@ def device_of(settings: RunSettings) -> torch.device:
 def compute_dtype(settings: RunSettings) -> torch.dtype:
     """Return the dtype of the matrix products: bf16 where this machine multiplies it clearly faster, else fp32."""
     if settings.precision != "auto":
-        return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        return torch.float32 if settings.precision == "fp32" else torch.bfloat16
     if device_of(settings).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _bf16_pays() else torch.float32
+
+
+def weight_dtype(settings: RunSettings) -> torch.dtype:
+    """Return the dtype in which a stage keeps the weights that it trains: fp32, or bf16 for `bf16-pure`."""
+    return torch.bfloat16 if settings.precision == "bf16-pure" else torch.float32
+
+
+def precision_name(settings: RunSettings) -> str:
+    """Return what `precision` comes to on this machine, as a run's fingerprint has it: results depend on it."""
+    if weight_dtype(settings) is torch.bfloat16:
+        return settings.precision
+    return str(compute_dtype(settings)).removeprefix("torch.")
 
 
 @functools.cache
@@ -240,18 +252,15 @@ def _bf16_pays() -> bool:
     """
     if not any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")):
         return False
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(5):  # in turn, and the best of each: other work on the machine then disturbs both alike
-        for dtype in seconds:
-            matrix = torch.ones(768, 768, dtype=dtype)
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+    fp32, bf16 = product_seconds([torch.float32, torch.bfloat16], torch.device("cpu"), side=768)
+    return fp32 > 1.5 * bf16
 
 
 def autocast(settings: RunSettings) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which forward passes run: autocast to bf16 over fp32 master weights, or nothing."""
+    """Return the context in which forward passes run: autocast to bf16, or nothing.
+
+    Of weights in bf16 there is nothing to cast; what else a pass uses (an fp32 reward model, say) is lowered as ever.
+    """
     if compute_dtype(settings) is torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_of(settings).type, dtype=torch.bfloat16)

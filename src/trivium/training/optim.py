@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trivium.config import bounds, one_of
+from trivium.training import compensation
 from trivium.training.muon import Muon
 from trivium.training.parallel import clip_gradients, mesh_of, shard_like
 from trivium.training.schedule import ScheduleConfig
@@ -81,16 +82,25 @@ def by_mesh(parameters: Sequence[nn.Parameter]) -> tuple[list[dict[str, Any]], l
 
 
 class Optimizer:
-    """One to three torch optimizers stepped as one, with a learning-rate factor per step."""
+    """One to three torch optimizers stepped as one, with a learning-rate factor per step.
+
+    Weights in bf16 are always updated with compensation: without it, or an fp32 copy, most would never move.
+    """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        """Build the optimizers over the trainable parameters of `model`."""
+        """Build the optimizers over the trainable parameters of `model`.
+
+        Raises ConfigError for weights in fp16, or sharded ones in bf16.
+        """
         self.config = config
         groups = partition(model)
         hidden = [p for _, p in groups["hidden"]]
         adapters = [p for _, p in groups["adapters"]]
         rest = [p for _, p in groups["rest"]]
         self.parameters = hidden + adapters + rest
+        compensation.check_trainable(self.parameters)
+        self._is_compensated = any(compensation.is_compensated(p) for p in self.parameters)
+        adamw = compensation.AdamW if self._is_compensated else torch.optim.AdamW
         betas = (config.beta1, config.beta2)
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -105,9 +115,7 @@ class Optimizer:
             self.optimizers.append(muon)
         elif hidden:
             self.optimizers.append(
-                torch.optim.AdamW(
-                    hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-                )
+                adamw(hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
             )
         self._places: list[list[int]] = [list(range(len(hidden)))] if hidden else []
         for members, lr in ((adapters, config.lr), (rest, rest_lr)):
@@ -115,7 +123,7 @@ class Optimizer:
                 members_by_mesh, places = by_mesh(members)
                 self._places.append(places)
                 self.optimizers.append(
-                    torch.optim.AdamW(members_by_mesh, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
+                    adamw(members_by_mesh, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
                 )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
@@ -134,7 +142,14 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Return the global gradient norm (before clipping) and clip it to `grad_clip`."""
         limit = self.config.grad_clip if self.config.grad_clip > 0 else float("inf")
-        return clip_gradients(self.parameters, limit)
+        if not self._is_compensated:
+            return clip_gradients(self.parameters, limit)
+        # torch's own takes the norm of bf16 gradients in bf16, that is to two digits.
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        total = torch.stack(norms).norm() if norms else torch.zeros(())
+        nn.utils.clip_grads_with_norm_(self.parameters, limit, total)
+        return total
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as flat named tensors, for a checkpoint."""
@@ -149,21 +164,22 @@ class Optimizer:
         total = 0
         for optimizer in self.optimizers:
             adam = isinstance(optimizer, torch.optim.AdamW)  # two moments and a float32 count of steps; Muon has one
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                total += parameter.numel() * parameter.element_size() * (2 if adam else 1) + (4 if adam else 0)
+            for group in optimizer.param_groups:
+                decays = group["betas"] if adam else (group["momentum"],)
+                total += sum(compensation.state_bytes(p, decays) + (4 if adam else 0) for p in group["params"])
         return total
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
             indices = {place: index for index, place in enumerate(self._places[number])}
             owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            optimizer.state.clear()
             for name, value in _under(flat, f"{number}."):
                 place, key = name.split(".", 1)
-                index = indices[int(place)]
-                state.setdefault(index, {})[key] = shard_like(owners[index], value)
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                owner = owners[indices[int(place)]]
+                # Not by `load_state_dict`, which would round an fp32 moment to the dtype of its bf16 weight.
+                optimizer.state[owner][key] = shard_like(owner, value.to(owner.device))
 
 
 def _under(flat: dict[str, Tensor], prefix: str) -> Iterable[tuple[str, Tensor]]:

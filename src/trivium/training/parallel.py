@@ -101,9 +101,11 @@ def spread(model: nn.Module, objective: Callable[[B], LossOutput], settings: Run
 
 def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
     """Sum a bucket of gradients; DDP of itself takes the mean over ranks, which is wrong when their items differ."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    buffer = bucket.buffer()
+    total = buffer.float()  # itself, unless the weights are bf16, whose sum would be rounded at every rank
+    work = dist.all_reduce(total, async_op=True)
     assert work is not None, "an asynchronous collective gives something to wait for"
-    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
+    return work.get_future().then(lambda _: buffer.copy_(total))  # type: ignore[no-any-return]
 
 
 def checkpoint_layers(model: nn.Module) -> None:
