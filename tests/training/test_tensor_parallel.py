@@ -153,7 +153,7 @@ def sampled(settings: RunSettings) -> list[Any]:
 
 
 def settled(settings: RunSettings) -> dict[str, Any]:
-    """Let a copy's gradient drift by the rank's number, settle, and say what it was, what each rank has, what is odd."""
+    """Let a copy drift by the rank's number, settle; say what its gradient was, what each rank has, what is odd."""
     setup(settings)
     model = tiny_model()
     cut = spread(model, partial(objective, model), settings)
