@@ -32,13 +32,14 @@ class LearnedReward:
         std: float = 1.0,
         pad_id: int = 0,
         tokenizer: Tokenizer | None = None,
+        temperature: float = 1.0,
     ) -> None:
-        """Freeze the model; raises ValueError for a `std` that is not positive."""
-        if not std > 0:
-            raise ValueError(f"std {std} is not positive")
+        """Freeze the model; raises ValueError for a `std` or `temperature` that is not positive."""
+        if not (std > 0 and temperature > 0):
+            raise ValueError(f"std {std} or temperature {temperature} is not positive")
         self.model = model.eval().requires_grad_(False)
         self.mean, self.std, self.pad_id = mean, std, pad_id
-        self.tokenizer = tokenizer
+        self.tokenizer, self.temperature = tokenizer, temperature
 
     @classmethod
     def from_folder(
@@ -54,7 +55,16 @@ class LearnedReward:
             pad_id = tokenizer.pad_id if tokenizer else 0
         model = load_scalar_model(folder, device=device)
         mean, std = float(extra.get("reward_mean", 0.0)), float(extra.get("reward_std", 1.0))
-        return cls(model, mean, std, pad_id, tokenizer)
+        return cls(model, mean, std, pad_id, tokenizer, float(extra.get("temperature", 1.0)))
+
+    def win_probability(self, first: float, second: float) -> float:
+        """Return how probably an annotator prefers the response of score `first` to that of `second`, same prompt.
+
+        `sigmoid(raw lead / temperature)`, with the temperature that was fitted on held-out judgements (1 for a model
+        from elsewhere).
+        """
+        lead = (first - second) * self.std / self.temperature
+        return float(torch.sigmoid(torch.tensor(lead, dtype=torch.float64)))
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
