@@ -99,3 +99,15 @@ def test_buckets_hold_every_row_once_within_the_budget():
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40 for batch in batches)
     assert list(bucket([], 40)) == []
+
+
+def test_the_probability_of_a_win_is_that_of_the_raw_lead_at_the_fitted_temperature(model, tokenizer, tmp_path):
+    """Scores 2 and 0 at spread 3 are 6 nats apart: at a temperature of 4 that is sigmoid(1.5); swapped, the rest."""
+    reward = LearnedReward(model, std=3.0, temperature=4.0)
+    assert reward.win_probability(2.0, 0.0) == pytest.approx(0.817574, abs=1e-6)
+    assert reward.win_probability(0.0, 2.0) == pytest.approx(1 - 0.817574, abs=1e-6)
+    assert reward.win_probability(1.0, 1.0) == 0.5
+    save_model(tmp_path, model, extra={"reward_std": 3.0, "temperature": 4.0})
+    assert LearnedReward.from_folder(tmp_path).win_probability(2.0, 0.0) == reward.win_probability(2.0, 0.0)
+    with pytest.raises(ValueError, match="temperature"):
+        LearnedReward(model, temperature=0.0)

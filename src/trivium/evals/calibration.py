@@ -6,6 +6,7 @@ least one half, and it is right where the one in the lead won. So it does not ma
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,8 @@ def reliability(stated: Floats, right: Floats) -> Floats:
 def error_of(table: Floats) -> float:
     """Return the expected calibration error of a reliability table; NaN for an empty one.
 
-    `sum over bins of |right - stated| / pairs`: how far the share of right ones is from the mean confidence, bins weighed
-    by their pairs (Naeini et al. 2015). Worked: ten pairs stated at 0.9, seven right: 0.2.
+    `sum over bins of |right - stated| / pairs`: how far the share of right ones is from the mean confidence, bins
+    weighed by their pairs (Naeini et al. 2015). Worked: ten pairs stated at 0.9, seven right: 0.2.
     """
     pairs = table[:, 0].sum()
     return float(np.abs(table[:, 2] - table[:, 1]).sum() / pairs) if pairs else float("nan")
@@ -91,13 +92,14 @@ def calibration_error(
 ) -> Estimate | None:
     """Return the expected calibration error with its bootstrap interval over prompts; None without pairs.
 
-    Noise never cancels in it: few pairs make it large, and the interval's lower end does not reach 0. Compare it with
-    `honest_error`.
+    Noise never cancels in it, and a resample has more: few pairs make it large and its interval high (it is widened to
+    hold the value itself). Compare it with `honest_error`.
     """
     stated, right = confidences(leads, temperature), rights(leads)
     names = np.asarray(prompts)
     tables = [reliability(stated[names == name], right[names == name]) for name in np.unique(names)]
-    return bootstrap(np.array(tables), error_of, seed=seed)
+    found = bootstrap(np.array(tables), error_of, seed=seed)
+    return found and dataclasses.replace(found, low=min(found.low, found.value), high=max(found.high, found.value))
 
 
 def honest_error(leads: Floats, temperature: Floats | float = 1.0, *, seed: int = 0, draws: int = 200) -> float:

@@ -22,7 +22,7 @@ from trivium.data.collate import PreferenceGroup, collate_preferences
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.ranked_pairs import Measured, measure, scored_pairs
-from trivium.losses.pairwise import bradley_terry, plackett_luce
+from trivium.losses.pairwise import bradley_terry, centering, plackett_luce
 from trivium.models.heads import ScalarModel, score_at
 from trivium.models.hf import load_model, save_model
 from trivium.preferences.agreement import agreement
@@ -49,6 +49,8 @@ class Config:
     """`bradley_terry` on derived pairs, or `plackett_luce` on the K-way rankings."""
     margin: float = 0.0
     """Lead in nats asked for per place between the two in the ranking (bradley_terry only); 0 means none."""
+    center: float = 0.0
+    """Weight of the squared sum of both scores of a pair, which holds them around zero; 0 means none."""
     ties: str = "drop"
     """`drop`: a tied pair teaches nothing. `equal`: it counts as half a win each way, and pulls the scores together."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse an unknown loss, and a weight or margin that means nothing."""
         one_of(self, loss=("bradley_terry", "plackett_luce"), ties=("drop", "equal"))
-        bounds(self, heldout_frac=(0.01, 0.9), context=(8, None), margin=(0.0, None))
+        bounds(self, heldout_frac=(0.01, 0.9), context=(8, None), margin=(0.0, None), center=(0.0, None))
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight >= 0):
                 raise ConfigError(f"weights.{name} = {weight} is out of range; it must be a number from 0 up")
@@ -73,7 +75,9 @@ class Config:
             raise ConfigError(f"margin = {self.margin} needs loss = 'bradley_terry'; plackett_luce knows no margin")
 
 
-def objective(model: ScalarModel, loss: str, batch: PreferenceBatch, margin: float = 0.0) -> LossOutput:
+def objective(
+    model: ScalarModel, loss: str, batch: PreferenceBatch, margin: float = 0.0, center: float = 0.0
+) -> LossOutput:
     """Return the summed ranking loss of a batch of groups; a ranking counts once (times its weight), not per pair."""
     scores = scores_of(model, batch)
     chosen, rejected = scores[batch.pairs[:, 0]], scores[batch.pairs[:, 1]]
@@ -83,6 +87,8 @@ def objective(model: ScalarModel, loss: str, batch: PreferenceBatch, margin: flo
     else:
         places = batch.ranks[batch.pairs[:, 1]] - batch.ranks[batch.pairs[:, 0]]
         total = (bradley_terry(chosen, rejected, margin * places if margin else 0.0) * batch.weights).sum()
+    if center:
+        total = total + center * (centering(chosen, rejected) * batch.weights).sum()
     return LossOutput(total=total, metrics={"accuracy": ((chosen > rejected) * batch.weights).sum()})
 
 
@@ -130,7 +136,7 @@ def run(config: Config, run: Run) -> None:
     fit(
         run,
         model,
-        partial(objective, model, config.loss, margin=config.margin),
+        partial(objective, model, config.loss, margin=config.margin, center=config.center),
         batches,
         config.fit,
         evaluate=evaluate,
