@@ -60,6 +60,8 @@ class PreferenceBatch:
     (InstructGPT section 3.5), so a ranking counts once however many it placed. `ranks`: int64 [N], 0 = best in the
     row's group, equal = tie. `groups`: int64 [N], which prompt. `ref_logprobs`: float [N] or None, the reference's
     summed log-probability of each completion. `ranking_weights`: float [G] or None, what each group counts for (1).
+    `baseline`: float scalar or None, KTO's reference point (losses/kto.py), of the whole batch that this may be
+    a part of.
     """
 
     tokens: TokenBatch
@@ -70,6 +72,7 @@ class PreferenceBatch:
     groups: Tensor
     ref_logprobs: Tensor | None = None
     ranking_weights: Tensor | None = None
+    baseline: Tensor | None = None
 
     @property
     def num_items(self) -> Tensor:
@@ -83,6 +86,7 @@ class RolloutBatch:
 
     `mask`: bool [B, T], true where the target is a sampled token. `old_logprobs`, `ref_logprobs`, `advantages`,
     `returns`, `values`, `rewards`: float [B, T], zero outside the mask. `scores`: float [B], the reward function's.
+    `divisors`: float [B] or None; where given, the items are completions, each one's summed loss divided by its own.
     """
 
     tokens: TokenBatch
@@ -94,11 +98,12 @@ class RolloutBatch:
     values: Tensor
     rewards: Tensor
     scores: Tensor
+    divisors: Tensor | None = None
 
     @property
     def num_items(self) -> Tensor:
-        """The number of sampled tokens, int64 scalar."""
-        return self.mask.sum()
+        """The number of sampled tokens, or of completions where `divisors` are given, int64 scalar."""
+        return self.mask.sum() if self.divisors is None else torch.ones_like(self.divisors).sum().long()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

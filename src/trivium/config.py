@@ -90,7 +90,8 @@ Given = Annotated[tuple[str, ...], "given"]
 """The dotted names of the keys that a recipe sets itself; `build` fills it in, so that a dial can leave them alone."""
 
 Dial = Annotated[T, "dial"]
-"""A number that other fields follow from; at 0 it is off, and then no part of a run's identity (`facts`)."""
+"""A number that other fields follow from, or a group of fields that is true or false as a whole; at 0, or false, it is
+off, and then no part of a run's identity (`facts`)."""
 
 InputPath = Annotated[str, "input"]
 """A file or folder of the user's (relative to the recipe), or `"module:attribute"` naming code that yields the data."""
@@ -109,7 +110,7 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
-    """Of the matrix products: `fp32`, `bf16` over fp32 master weights, or `auto`: bf16 where the hardware has it."""
+    """`fp32`; `bf16` for the products, over fp32 weights; `auto`: bf16 where it pays; `bf16-pure`: bf16 weights too."""
     compile: str = "auto"
     """Whether pretrain and sft compile the network's layers: `on`, `off`, `auto`: on a GPU and in long pre-training."""
     strict: bool = False
@@ -118,15 +119,23 @@ class RunSettings:
     """Wall-clock seconds after which the command saves a checkpoint and ends with exit code 4; 0 means no limit."""
     parallel: str = "ddp"
     """Under torchrun: `ddp` keeps the whole model on every rank, `fsdp` shards it over them. Results do not change."""
+    tensor_parallel: int = 1
+    """Under torchrun: so many neighbouring ranks share each layer's matrices and the rows; 1 leaves them whole."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
     rank_timeout_s: int = 1800
     """Seconds after which a rank that waits for another in a collective gives up; not for stages that rank 0 runs."""
+    allow_changed: bool = False
+    """Go on from another run's checkpoint (other data, tokenizer, config, seed), and log it, instead of refusing it."""
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16"), compile=("auto", "on", "off"), parallel=("ddp", "fsdp"))
+        one_of(self, precision=("auto", "fp32", "bf16", "bf16-pure"), parallel=("ddp", "fsdp"))
+        one_of(self, compile=("auto", "on", "off"))
+        if self.precision == "bf16-pure" and self.parallel == "fsdp":
+            raise ConfigError("precision = 'bf16-pure' is for whole weights; with parallel = 'fsdp' use 'bf16'")
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
+        bounds(self, tensor_parallel=(1, 4096))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +244,7 @@ def facts(config: Any) -> dict[str, Any]:
     data: dict[str, Any] = dataclasses.asdict(config)
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
-        if marks and marks[0] in ("dial", "given") and not data.get(name):
+        if marks and marks[0] in ("dial", "given") and not getattr(config, name):
             del data[name]
     return data
 

@@ -51,7 +51,7 @@ from trivium.runs.manifest import (
 )
 from trivium.runs.registry import latest_runs, resolve
 from trivium.runs.workspace import damage, locked
-from trivium.training.distributed import compute_dtype, decide, joined, world
+from trivium.training.distributed import decide, joined, precision_name, world
 from trivium.training.stopping import stoppable
 
 
@@ -196,8 +196,7 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
         elif kind == "input" or is_code(value):
             inputs[value] = _hash_input(recipe, value, where=f"[{spec.table}] {name}")
     # What `auto` comes to on this machine: another machine's bf16 is another result.
-    precision = str(compute_dtype(recipe.settings)).removeprefix("torch.")
-    settings = {"precision": precision, "strict": recipe.settings.strict}
+    settings = {"precision": precision_name(recipe.settings), "strict": recipe.settings.strict}
     seed, known = recipe.settings.seed, facts(config)
     print_ = fingerprint(stage=spec.stage, config=known, parents=parents, inputs=inputs, seed=seed, settings=settings)
     run_id = f"{spec.table}-{print_[:12]}"

@@ -145,9 +145,8 @@ def stage_config(root: Path, stage: str) -> str:
 def settings(root: Path, name: str) -> str:
     """Return the table of a configuration class that several stages share, wherever it is defined."""
     package = root / "src" / "trivium"
-    return next(
-        (t for p in [package / "config.py", *sorted((package / "training").glob("*.py"))] if (t := fields(p, name))), ""
-    )
+    places = [package / "config.py", *sorted((package / "training").glob("*.py")), package / "models" / "lora.py"]
+    return next((table for path in places if (table := fields(path, name))), "")
 
 
 def fields(path: Path, name: str) -> str:

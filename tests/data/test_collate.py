@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trivium.batches import IGNORE
-from trivium.data.collate import PreferenceGroup, collate_preferences, fit_row, pad_rows
+from trivium.config import UserError
+from trivium.data.collate import PreferenceGroup, collate_preferences, fit_row, mismatched, pad_rows
 
 
 def test_the_worked_example_of_the_batches():
@@ -88,3 +89,29 @@ def test_a_ranking_counts_for_its_weight():
     assert batch.weights.tolist() == [1.5, 1.5, 1.0]
     assert batch.ranking_weights.tolist() == [3, 1]
     assert batch.num_items == 4
+
+
+def ranked(prompt: list[int], *completions: list[int], ranks: list[int] | None = None) -> PreferenceGroup:
+    order = list(range(len(completions))) if ranks is None else ranks
+    return PreferenceGroup(prompt_ids=prompt, completion_ids=completions, ranks=order, ref_logprobs=[0.0] * len(order))
+
+
+def test_each_prompt_gets_the_completions_of_the_next_that_is_another():
+    """The worked example; a prompt ranked twice is not its own stranger; only best and worst go along."""
+    groups = [
+        ranked([1], [10], [11]),
+        ranked([1], [12], [13], [14]),
+        ranked([2, 3], [15], [16], [17], [18], ranks=[1, 0, 1, 2]),
+    ]
+    found = mismatched(groups, groups, 9)
+    assert [g.prompt_ids for g in found] == [[1], [1], [2, 3]]
+    assert [g.completion_ids for g in found] == [[[16], [18]], [[16], [18]], [[10], [11]]]
+    assert all(len(set(g.ranks)) == 1 and g.ref_logprobs is None for g in found)
+    assert len(collate_preferences(found, 0).pairs) == 0
+
+
+def test_strangers_are_cut_to_the_context_and_come_from_the_donors():
+    held_out, train = [ranked([5] * 6, [1])], [ranked([7], [21, 22, 23, 24], [25])]
+    assert mismatched(held_out, train, 8)[0].completion_ids == [[21, 22], [25]]
+    with pytest.raises(UserError, match="two prompts"):
+        mismatched(train, train, 8)

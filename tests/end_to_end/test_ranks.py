@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from trivium.runs.events import read_metrics
 from trivium.runs.registry import latest_runs
@@ -164,8 +166,12 @@ def untrained(alone: Path, name: str) -> Path:
     return workspace
 
 
-def furthest(first: Path, second: Path, table: str) -> tuple[float, str]:
+def furthest(
+    first: Path, second: Path, table: str, *, but: Collection[tuple[str, int]] = frozenset()
+) -> tuple[float, str]:
     """Return the largest difference of any logged figure of a table between two workspaces, and whose it is.
+
+    Those in `but` (name, step) are left out.
 
     Relative for figures above 1, absolute below: what is small is a difference of larger numbers (a KL, a margin).
     """
@@ -175,8 +181,9 @@ def furthest(first: Path, second: Path, table: str) -> tuple[float, str]:
     distances = []
     for name in names:
         assert [step for step, _ in curves[0][name]] == [step for step, _ in curves[1][name]], name
-        for (_, a), (_, b) in zip(curves[0][name], curves[1][name], strict=True):
-            distances.append((abs(a - b) / max(abs(a), 1.0), name))
+        for (step, a), (_, b) in zip(curves[0][name], curves[1][name], strict=True):
+            if (name, step) not in but:
+                distances.append((abs(a - b) / max(abs(a), 1.0), name))
     return max(distances)
 
 
@@ -205,6 +212,58 @@ def test_sharded_every_stage_gives_one_processs_figures(alone: Path, recipe: Pat
     for table in TRAINED:
         distance, name = furthest(alone, workspace, table)
         assert distance < 1e-5, f"{table} {name}: {distance}"
+
+
+def test_cut_matrices_give_one_processs_figures(alone: Path, recipe: Path) -> None:
+    """Two ranks with half of each layer's matrices each: every figure of pretrain and sft to 1e-5, the same model."""
+    workspace = untrained(alone, "tensor")
+    words = ("--run.tensor-parallel", "2", "--only", "pretrain", "sft")
+    code, _, err = finish(on_ranks(2, "run", recipe, "--workspace", workspace, *words))
+    assert code == 0, err[-3000:]
+    for table in ("pretrain", "sft"):
+        distance, name = furthest(alone, workspace, table)
+        assert distance < 1e-5, f"{table} {name}: {distance}"
+        saved = [
+            load_file(latest_runs(place)[table][0] / "model" / "model.safetensors") for place in (alone, workspace)
+        ]
+        assert saved[0].keys() == saved[1].keys()
+        for key, tensor in saved[0].items():
+            assert tensor.shape == saved[1][key].shape and (tensor - saved[1][key]).abs().max() < 1e-5, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "fsdp"), (4, "ddp")])
+def test_cut_every_stage_gives_one_processs_figures(alone: Path, recipe: Path, ranks: int, parallel: str) -> None:
+    """All seven stages, rollouts and both networks of PPO among them, by one and by two groups of two ranks.
+
+    But for DPO's training accuracy at its first step, where the policy is the reference: it counts the signs of
+    margins that are rounding errors there, since the reference's were summed whole and the policy's in two parts.
+    """
+    workspace = untrained(alone, f"tensor-{ranks}-{parallel}")
+    words = ("--run.tensor-parallel", "2", "--run.parallel", parallel)
+    code, _, err = finish(on_ranks(ranks, "run", recipe, "--workspace", workspace, *words), 550)
+    assert code == 0, err[-3000:]
+    for table in TRAINED:
+        distance, name = furthest(alone, workspace, table, but={("train/accuracy", 1)} if table == "dpo" else set())
+        assert distance < 1e-5, f"{table} {name}: {distance}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--run.tensor-parallel", "3"), "tensor_parallel = 3 does not divide the 2 ranks"),
+        (
+            ("--run.tensor-parallel", "2", "--pretrain.num-kv-heads", "1"),
+            "tensor_parallel = 2 does not divide the model's num_key_value_heads = 1",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_is_said_once(alone: Path, recipe: Path, words: tuple[str, ...], said: str) -> None:
+    """Ranks that are no whole groups, heads that cannot be dealt out: one sentence of ours, no hang."""
+    workspace = untrained(alone, f"cut{len(words)}")
+    code, _, err = finish(on_ranks(2, "run", recipe, "--workspace", workspace, "--only", "pretrain", *words), 240)
+    assert code != 0
+    assert [line for line in err.splitlines() if said in line] and err.count("trivium: ") == 1, err[-2000:]
 
 
 def test_a_mistake_is_said_once_and_ends_all_ranks(alone: Path, recipe: Path) -> None:

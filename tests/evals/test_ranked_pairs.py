@@ -6,6 +6,7 @@ import pytest
 from trivium.data.collate import PreferenceGroup
 from trivium.evals.ranked_pairs import (
     accuracy,
+    by_disagreement,
     by_length,
     clustered_share,
     gain_over_length,
@@ -151,3 +152,13 @@ def test_all_measures_of_a_model_that_states_half_of_its_leads():
     assert rule.value == pytest.approx(length_only(heldout, -1).mean())
     none = measure(train, scored_pairs([group(1, [3, 3], [0, 0])], [0.0, 0.0]), seed=0)
     assert not any(key[0].startswith("pairwise") for key in none.figures)
+
+
+def test_a_spread_that_foretells_errors_shows_in_the_two_halves():
+    """Members who differ by a lot exactly where the mean is wrong: all right in one half, none in the other."""
+    right = np.array([True, False] * 10)
+    leads = np.where(right, 1.0, -1.0) + np.array([[-1.0], [0.0], [1.0]]) * np.where(right, 0.1, 5.0)
+    scores = [x for lead in leads.mean(0) for x in (lead, 0.0)]
+    found = by_disagreement(scored_pairs([group(n, [3, 4]) for n in range(20)], scores), leads)
+    assert (found["members"], found["agreeing"]["value"], found["disagreeing"]["value"]) == (3, 1.0, 0.0)
+    assert found["mean_spread"] == pytest.approx((0.1 + 5) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 
 from trivium.batches import LossOutput
 from trivium.records import sha256_file
+from trivium.runs.events import read_events
 from trivium.training.loop import FitConfig, fit
 
 from .conftest import Net, Small, Workspace, assert_equal, fork
@@ -31,7 +33,10 @@ CHANGES: dict[str, Callable[[str], str]] = {
 def test_r8_a_change_is_another_run_and_the_old_checkpoint_is_refused(
     whole: Workspace, tmp_path: Path, what: str
 ) -> None:
-    """Another run id, begun from nothing; a checkpoint carried over by hand is refused, both fingerprints named."""
+    """Another run id, begun from nothing: nothing of the old run can get into it by itself.
+
+    A checkpoint carried over by hand is refused, both fingerprints named, and taken with `allow_changed` alone.
+    """
     workspace = whole.copy(tmp_path / "w", without="pretrain")
     short = workspace.recipe
     workspace.recipe = short.replace("fit.steps = 20", "fit.steps = 1000000", 1)  # so that it cannot end by itself
@@ -53,6 +58,20 @@ def test_r8_a_change_is_another_run_and_the_old_checkpoint_is_refused(
     assert f"{newest.name} belongs to a run of fingerprint {manifest.fingerprint} and this run's is" in said
     assert new.name.rsplit("-", 1)[1] in said.rsplit("this run's is", 1)[1]
     assert (new / "checkpoints" / newest.name).is_dir() and not (new / "model").exists()
+    # On the user's word it goes on all the same, where the tensors fit, and says so in three places.
+    workspace.recipe = workspace.recipe.replace('name = "faults"', 'name = "faults"\nallow_changed = true')
+    child = workspace.start("pretrain")
+    code, said = child.wait(), child.log.read_text()
+    if what in ("tokenizer", "model"):
+        assert code == 2 and f"{newest.name} and this model differ in model/" in said
+        return
+    assert code == 0, said[-2000:]
+    assert f"{newest.name}: of a run of fingerprint {manifest.fingerprint}, allowed; this run goes on from it" in said
+    entry = {"fingerprint": manifest.fingerprint, "step": int(newest.name)}
+    done = json.loads(changed.read_text())
+    assert (done["status"], done["summary"]["continued_from"]) == ("done", [entry])
+    told = [event.value for event in read_events(new, kind="notice") if event.name == "checkpoint of another run"]
+    assert told == [entry]
 
 
 def test_r8_one_byte_of_a_users_file_is_another_run(whole: Workspace, tmp_path: Path) -> None:

@@ -17,6 +17,25 @@ def test_hand_worked_with_a_known_answer():
     assert cross_entropy(logits, targets).tolist()[0] == pytest.approx([0.0, math.log(4), 0.0])
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_row_28_logits_in_bf16_are_worked_in_fp32(chunk):
+    """The loss of the very numbers that bf16 logits are, by fp64; a softmax in bf16 would be off by up to 1%.
+
+    In chunks the products themselves are bf16's; the loss is then that of their rounded results.
+    """
+    generator = torch.Generator().manual_seed(9)
+    hidden, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 7, 6), (50, 6)))
+    targets = torch.randint(0, 50, (2, 7), generator=generator)
+    logits = functional.linear(hidden, weight)
+    assert logits.dtype == torch.bfloat16
+    exact = -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    found = (
+        cross_entropy(logits, targets) if chunk is None else head_cross_entropy(hidden, weight, targets, chunk=chunk)
+    )
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), exact, rtol=2e-6, atol=2e-6)
+
+
 def test_z_loss_by_hand():
     logits = torch.zeros(1, 1, 4)  # normaliser ln 4
     loss = cross_entropy(logits, torch.zeros(1, 1, dtype=torch.long), z_loss=0.1)

@@ -73,6 +73,27 @@ def test_a_neutral_token_on_both_sides_adds_to_sums_but_not_to_means():
     assert losses(0)[1] == pytest.approx(1.0, abs=1e-5) and losses(2)[1] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_hinge_by_hand_and_its_flat_side():
+    h = torch.tensor([-1.0, 0.0, 1.0, 2.0, 5.0], requires_grad=True)
+    zero = torch.zeros(5)
+    loss = hinge(h, zero, zero, zero, 0.5)[0]
+    loss.sum().backward()
+    assert loss.tolist() == [1.5, 1.0, 0.5, 0.0, 0.0]  # a margin of 1 / beta is enough
+    assert h.grad.tolist()[:3] == [-0.5] * 3 and h.grad[4] == 0
+
+
+def test_ipo_by_hand():
+    zero = torch.zeros(2)
+    loss = ipo(torch.tensor([0.0, 6.0]), torch.tensor([0.0, 1.0]), zero, zero, 0.1)[0]
+    assert loss.tolist() == pytest.approx([25.0, 0.0], abs=1e-4)  # the target is a lead of 1 / (2 beta) = 5
+
+
+@pytest.mark.parametrize("loss", [dpo, robust_dpo, hinge, ipo])
+def test_beta_must_be_positive(loss):
+    with pytest.raises(ValueError, match="beta"):
+        loss(ZERO, ZERO, ZERO, ZERO, 0.0)
+
+
 def test_gradient_reaches_the_policy_only_and_rewards_are_detached():
     leaves = [torch.randn(3, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
     loss, win, lose = dpo(leaves[0], leaves[1], ZERO, ZERO, 0.1)
@@ -110,7 +131,13 @@ def _trl(loss_type: str, smoothing: float, logps: torch.Tensor, refs: torch.Tens
 
 @pytest.mark.parametrize(
     ("loss_type", "ours", "smoothing"),
-    [("sigmoid", dpo, 0.0), ("robust", robust_dpo, 0.2), ("hinge", hinge, 0.0), ("ipo", ipo, 0.0)],
+    [
+        ("sigmoid", dpo, 0.0),
+        ("sigmoid_norm", dpo, 0.0),
+        ("robust", robust_dpo, 0.2),
+        ("hinge", hinge, 0.0),
+        ("ipo", ipo, 0.0),
+    ],
 )
 def test_same_as_trl(loss_type, ours, smoothing):
     generator = torch.Generator().manual_seed(6)
@@ -123,7 +150,7 @@ def test_same_as_trl(loss_type, ours, smoothing):
     refs = -torch.rand(2 * pairs, length, generator=generator) * shifted
     reference = _trl(loss_type, smoothing, logps, refs, mask, beta)
     sums, ref_sums = logps.sum(1), refs.sum(1)
-    if loss_type == "ipo":
+    if loss_type in ("ipo", "sigmoid_norm"):
         sums, ref_sums = sums / mask.sum(1), ref_sums / mask.sum(1)
     half = pairs
     loss = ours(sums[:half], sums[half:], ref_sums[:half], ref_sums[half:], beta, smoothing)[0]

@@ -71,6 +71,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer)
 
 
 @pytest.fixture
+def outspoken(folders: Folders, tmp_path: Path, tiny_tokenizer: Tokenizer) -> Path:
+    """Return the folder of the random chat model with embeddings 25 times as large, so that they are fit to be frozen.
+
+    As drawn, no hidden state makes much of a difference between tokens, and adapters change hidden states alone.
+    """
+    model = load_model(folders.policy)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(25)
+    tiny_tokenizer.save(tmp_path / "outspoken")
+    save_model(tmp_path / "outspoken", model, eos_token_id=tiny_tokenizer.end_id)
+    return tmp_path / "outspoken"
+
+
+@pytest.fixture
 def stage_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Return a maker of runs in one workspace; `parents` maps Config fields to folders or run ids.
 

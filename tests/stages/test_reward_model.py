@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages import reward_model
-from trivium.training.judgements import cut_prompt, load_judgements
+from trivium.training.judgements import cut_prompt, load_judgements, resampled
 from trivium.training.loop import FitConfig
 from trivium.training.optim import OptimConfig
 
@@ -369,6 +370,47 @@ def test_a_prompt_that_is_too_long_is_cut_at_its_beginning(make: Make, tmp_path,
         assert list(after.prompt_ids[1:]) == list(before.prompt_ids[-tail:])
 
 
+def test_members_differ_by_the_weights_and_order_drawn_for_them(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """Member 0 is the data itself; others weigh prompts by draws of mean 1, one a prompt, the same each time."""
+    train = sides(make("draws"), tiny_tokenizer).train
+    train = (*train, dataclasses.replace(train[0], ranks=[3, 2, 1, 0], weight=2.0))
+    assert resampled(train, 0, 0) == train
+    first, again, second = resampled(train, 0, 1), resampled(train, 0, 1), resampled(train, 0, 2)
+    assert first == again != second
+    assert first[-1].weight == 2 * first[0].weight
+    assert len({g.weight for g in first}) == len(train)
+    many = [dataclasses.replace(train[0], prompt_id=str(n)) for n in range(4000)]
+    # Exponential draws of mean 1 have deviation 1: a standard error of 0.016.
+    assert sum(g.weight for g in resampled(many, 3, 1)) / 4000 == pytest.approx(1, abs=0.06)
+
+
+def test_an_ensemble_is_measured_saved_whole_and_scored_as_one(
+    make: Make, stage_run: Make, folders: Folders, tiny_tokenizer: Tokenizer
+) -> None:
+    """The last table joins finished members; what is saved scores their mean, and its folder may move."""
+    fit = dataclasses.replace(CONFIG.fit, steps=6)
+    member = make("one")
+    reward_model.run(dataclasses.replace(CONFIG, fit=fit, member=1), member)
+    parents = {"init": folders.policy, "comparisons": COLLECTION, "ensemble.0": member.manifest.run_id}
+    run = stage_run("all", parents, table="reward_model")
+    reward_model.run(dataclasses.replace(CONFIG, fit=fit, ensemble=("one@latest",), pessimism=0.5), run)
+    summary = run.finish("done").summary
+    moved = run.workspace / "elsewhere"
+    shutil.copytree(run.dir / "model", moved)
+    shutil.rmtree(member.dir)
+    joint = LearnedReward.from_folder(moved)
+    assert (len(joint.members), joint.pessimism) == (1, 0.5)
+    heldout = sides(run, tiny_tokenizer).heldout
+    rows = [[*g.prompt_ids, *c] for g in heldout for c in g.completion_ids]
+    mean, spread = (torch.tensor(x) for x in joint.mean_and_spread(rows))
+    assert torch.allclose(torch.tensor(joint.score_ids(rows)), mean - 0.5 * spread, atol=1e-6)
+    pairs = scored_pairs(heldout, joint.score_ids(rows))
+    accuracy = next(r.value for r in run.finish("done").results if r.task == "pairwise_accuracy@1")
+    assert accuracy == (pairs.leads > 0).mean()
+    assert summary["disagreement"]["members"] == 2 and summary["disagreement"]["mean_spread"] > 0
+    assert joint.temperature == pytest.approx(fit_temperature(pairs.leads * joint.std), rel=1e-3)
+
+
 def test_the_manifest_says_how_sure_how_long_and_what_length_alone_gives(make: Make, tiny_tokenizer: Tokenizer) -> None:
     """Every figure is that of the saved model on the held-out side, and the temperature is in its config (row 33)."""
     run = make("measured")
@@ -411,3 +453,5 @@ def test_foreseeable_mistakes_are_one_sentence(make: Make) -> None:
         reward_model.Config(weights={"ann": -1.0})
     with pytest.raises(ConfigError, match="margin"):
         reward_model.Config(loss="plackett_luce", margin=0.5)
+    with pytest.raises(ConfigError, match="ensemble"):
+        reward_model.Config(pessimism=1.0)

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,43 @@ def test_another_runs_checkpoint_is_refused_with_both_fingerprints(make_run: Mak
     with pytest.raises(UserError, match=f"belongs to a run of fingerprint {'e' * 20} and this run's is {'f' * 20}"):
         other.saver.resume()
     assert path.is_dir() and equal(before, other.tensors())
+
+
+def test_another_runs_checkpoint_is_taken_on_the_users_word_and_told(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `allow_changed`: weights and state are the other run's, this run's log stays, and the manifest says it."""
+    trainee = Trainee(make_run("a"))
+    trainee.save(1)
+    path = trainee.saver.folder / "00000001"
+    tensors, facts = disk.read(path)
+    shutil.rmtree(path)
+    facts = facts | {"fingerprint": "e" * 20, "run": facts["run"] | {"offsets": {"events": 0, "specimens": 0}}}
+    disk.write(path, tensors, json.dumps(facts), before_publishing=lambda: None)
+    other = Trainee(make_run("a"))
+    other.saver.run.settings = replace(other.saver.run.settings, allow_changed=True)
+    other.saver.run.notice("earlier", {}, 0)
+    assert other.saver.resume() is not None
+    assert equal(trainee.tensors(), other.tensors())
+    entry = {"fingerprint": "e" * 20, "step": 1}
+    told = [(event.name, event.value) for event in read_events(other.saver.run.dir, kind="notice")]
+    assert told == [("earlier", {}), ("checkpoint of another run", entry)]
+    assert other.saver.run.state()["summary"]["continued_from"] == [entry]
+    assert f"{path}: of a run of fingerprint {'e' * 20}, allowed" in capsys.readouterr().err
+    other.save(2)  # from here on the checkpoints are this run's, and remember what came before
+    again = Trainee(make_run("a"))
+    assert again.saver.resume() is not None
+    assert again.saver.run.state()["summary"]["continued_from"] == [entry]
+
+
+def test_tensors_of_another_precision_are_refused(make_run: MakeRun) -> None:
+    """The same shapes in bf16: an fp32 run would go on with weights of 8 bits."""
+    trainee = Trainee(make_run("a"))
+    trainee.save(1)
+    other = Trainee(make_run("a"))
+    other.model.bfloat16()
+    with pytest.raises(UserError, match=r"and this model differ in model/.*move it away"):
+        other.saver.resume()
 
 
 def test_other_tensors_are_refused_before_any_is_loaded(make_run: MakeRun) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import types
-
 import pytest
 import torch
 
@@ -13,7 +10,7 @@ from trivium.config import RunSettings
 from trivium.losses.cross_entropy import cross_entropy
 from trivium.models.accounting import training_flops
 from trivium.runs.events import read_metrics
-from trivium.training import loop, peak
+from trivium.training import loop, peak, timing
 from trivium.training.loop import FitConfig, fit
 
 from .conftest import tiny_model
@@ -21,18 +18,12 @@ from .conftest import tiny_model
 CPU = torch.device("cpu")
 
 
-def test_the_best_trial_counts_and_the_first_is_thrown_away(monkeypatch):
-    """Readings begin, end for a warm-up and three trials: 9, 3, 1 and 2 seconds."""
-    clock = itertools.accumulate([0, 9, 0, 3, 0, 1, 0, 2])
-    monkeypatch.setattr(peak, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    calls = []
-    assert peak.best_seconds(lambda: calls.append(1), CPU, trials=3) == 1.0
-    assert len(calls) == 4
-
-
 def test_a_product_of_side_n_is_two_n_cubed_flops_over_its_time(monkeypatch):
-    monkeypatch.setattr(peak, "best_seconds", lambda work, device: work() is not None and 0.5)
+    sides = []
+    monkeypatch.setattr(timing.torch, "mm", lambda a, b: sides.append((a.shape, b.shape)))
+    monkeypatch.setattr(timing, "best_seconds", lambda works, device: [work() or 0.5 for work in works])
     assert peak.matrix_flops.__wrapped__(CPU, torch.float32, 1, side=10) == 2 * 1000 / 0.5
+    assert sides == [((10, 10), (10, 10))]
 
 
 def test_the_peak_is_measured_once_and_is_a_speed_that_exists():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, TokenBatch, select_rows
+from trivium.models.lora import LoraConfig, adapt
 from trivium.stages.sft import objective
 from trivium.training.optim import OptimConfig, Optimizer, partition
 from trivium.training.step import train_step
@@ -104,6 +105,25 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
         optimizer.step(1.0)
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {name for name, _ in groups["hidden"]}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_adapters_are_adamws_whatever_trains_matrices_and_are_never_decayed(kind: str) -> None:
+    """Every A and B is in exactly one group and nothing frozen is in any; a step is AdamW's: lr along the sign."""
+    model = adapt(tiny_model(), LoraConfig(rank=2))
+    groups = partition(model)
+    assert not groups["hidden"] and not groups["rest"]
+    names = [name for name, _ in groups["adapters"]]
+    assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, OptimConfig(kind=kind, weight_decay=0.5, lr=0.1, embedding_lr_scale=7.0))
+    for _, parameter in groups["adapters"]:
+        parameter.grad = torch.full_like(parameter, -3.0)
+    optimizer.step(1.0)
+    for name, parameter in model.named_parameters():
+        # The first step of Adam is lr * g / (|g| + eps).
+        expected = before[name] + (0.1 if name in names else 0.0)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6 if name in names else 0)
 
 
 def losses_of(precision: torch.autocast | None) -> list[float]:

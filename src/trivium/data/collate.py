@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from trivium.batches import IGNORE, PreferenceBatch, TokenBatch
+from trivium.config import UserError
 
 Row = tuple[Sequence[int], Sequence[bool]]
 """Ids, and for each whether it is to be predicted."""
@@ -111,3 +112,27 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties:
         ref_logprobs=None if reference is None else torch.tensor(reference, dtype=torch.float32),
         ranking_weights=torch.tensor([group.weight for group in groups], dtype=torch.float32),
     )
+
+
+def mismatched(
+    groups: Sequence[PreferenceGroup], donors: Sequence[PreferenceGroup], context: int
+) -> list[PreferenceGroup]:
+    """Return each group's prompt with completions of the next of `donors` that has another prompt, none of them ranked.
+
+    KTO's reference point is measured on them. They are the ones that it judges, of the best and the worst place, cut
+    so that a row has at most `context` tokens. Raises UserError when all donors have the group's prompt.
+
+    Worked: groups x: (a, b), y: (c, d), z: (e, f) give x: (c, d), y: (e, f), z: (a, b).
+    """
+    found = []
+    for place, group in enumerate(groups):
+        order = (donors[ahead % len(donors)] for ahead in range(place + 1, place + 1 + len(donors)))
+        own = list(group.prompt_ids)
+        donor = next((other for other in order if list(other.prompt_ids) != own), None)
+        if donor is None:
+            raise UserError("loss = 'kto' needs rankings of at least two prompts; collect more, or take loss = 'dpo'")
+        ends = {min(donor.ranks), max(donor.ranks)}
+        judged = [ids for ids, rank in zip(donor.completion_ids, donor.ranks, strict=True) if rank in ends]
+        rows = [list(ids)[: context - len(group.prompt_ids)] for ids in judged]
+        found.append(PreferenceGroup(prompt_ids=group.prompt_ids, completion_ids=rows, ranks=[0] * len(rows)))
+    return found

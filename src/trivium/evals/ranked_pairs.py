@@ -150,6 +150,21 @@ def gain_over_length(pairs: ScoredPairs, rule: int, *, seed: int) -> Figure:
     return _figure(found, len(pairs))
 
 
+def by_disagreement(pairs: ScoredPairs, leads: Floats) -> dict[str, Any]:
+    """Return the accuracy on the half of the pairs on which an ensemble agrees the most, and on the other half.
+
+    `leads` [members, P] are each member's; agreement is a small standard deviation between them. Where the first half
+    is not the more accurate one, the spread says nothing about errors.
+    """
+    spread = leads.std(axis=0, ddof=1)
+    order = np.argsort(spread, kind="stable")
+    agreeing = np.zeros(len(pairs), dtype=bool)
+    agreeing[order[: (len(pairs) + 1) // 2]] = True
+    halves = (("agreeing", agreeing), ("disagreeing", ~agreeing))
+    figures = {name: accuracy(pairs, where)._asdict() for name, where in halves if where.any()}
+    return {"members": len(leads), "mean_spread": float(spread.mean()), **figures}
+
+
 def length_correlation(pairs: ScoredPairs, *, seed: int) -> Figure:
     """Return Pearson's correlation of score and length among the responses to one prompt, bootstrapped by prompt.
 

@@ -5,7 +5,8 @@ loss [P] and the implicit rewards `beta * (log pi - log ref)` of both sides [P],
 `h = (log pi_w - log ref_w) - (log pi_l - log ref_l)`, the losses differ only in what they do to `h`.
 
 `dpo`, `robust_dpo` and `hinge` take log-probabilities **summed** over the completion; `ipo` takes their **mean** per
-token, because its target margin is a fixed number that long completions would overshoot.
+token, because its target margin is a fixed number that long completions would overshoot. Given means, the first three
+are length-normalised (Lambert et al. 2024, Tülu 3, arXiv 2411.15124), with a beta some tens of times larger.
 """
 
 from __future__ import annotations
@@ -96,12 +97,17 @@ def ipo(
     return (lead - 1 / (2 * beta)).square(), win.detach(), lose.detach()
 
 
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless beta is positive: it is what turns log-probabilities into rewards."""
+    if not beta > 0:
+        raise ValueError(f"beta {beta} is not positive")
+
+
 def _rewards(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Return the implicit rewards of the chosen and the rejected (Rafailov et al. 2023, eq. 5, partition dropped)."""
-    if not beta > 0:
-        raise ValueError(f"beta {beta} is not positive")
+    check_beta(beta)
     return beta * (policy_chosen.float() - ref_chosen.float()), beta * (policy_rejected.float() - ref_rejected.float())
 
 

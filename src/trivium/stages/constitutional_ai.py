@@ -33,7 +33,7 @@ from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, Completion, Conversation, Message, Ranking, read_jsonl, write_jsonl
 from trivium.rewards.constitution import Principle, critique_prompt, load_principles, revision_prompt
 from trivium.runs.manifest import Run
-from trivium.training.distributed import decide, device_of, first_alone, world
+from trivium.training.distributed import data_ranks, decide, device_of, first_alone, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import PromptSet, SampleConfig, chunks, room_for_prompt, sample
@@ -88,7 +88,7 @@ def run(config: Config, run: Run) -> None:
     """Answer, criticise, revise; rank by principle; then learn the revisions."""
     folder = run.model("policy")
     tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, device=device_of(run.settings))
+    model = load_model(folder, device=device_of(run.settings), dtype=weight_dtype(run.settings))
     first_alone(lambda: write_revisions(config, run, tokenizer, model))
     rows = list(read_jsonl(run.home / "revisions.jsonl"))
     num_ranked = decide(lambda: rank_by_principle(config, run, rows))
@@ -101,7 +101,7 @@ def run(config: Config, run: Run) -> None:
         )
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(r.input_ids) for r in train])
     device = device_of(run.settings)
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         picked = [train[row] for row in loader.rows(step, rank, size)]

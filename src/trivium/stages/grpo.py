@@ -1,8 +1,8 @@
 """Group-relative policy optimisation: the policy learns from rewards that can be checked, with no value model.
 
 Reads   a chat model (start and frozen reference) and prompts whose meta holds a check, or any reward function
-Writes  model/: a chat model
-Paper   Shao et al. 2024, arXiv 2402.03300; Liu et al. 2025, arXiv 2503.20783 (`scale = "none"`)
+Writes  model/: a chat model; with LoRA its adapters too, in adapter/
+Paper   Shao et al. 2024, arXiv 2402.03300; Liu et al. 2025, 2503.20783; RLOO 2402.14740; REINFORCE++ 2501.03262
 Watch   rollout/reward rises; rollout/zero_variance_frac is the share of groups that teach nothing
 """
 
@@ -11,25 +11,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
-from trivium.config import CodeRef, InputPath, Ref, bounds, load_attribute, one_of
+from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, bounds, one_of
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.grpo import group_advantages, grpo
+from trivium.losses.estimators import ESTIMATORS, completion_divisors, round_advantages
+from trivium.losses.grpo import grpo
 from trivium.losses.logprobs import masked_sum, token_logprobs
+from trivium.losses.ppo import kl_k1
+from trivium.losses.reinforce import rloo
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
-from trivium.models.hf import load_model, save_model
+from trivium.models.lora import LoraConfig, adapter_facts, policy_and_reference, training_flops
 from trivium.models.transformer import Transformer
-from trivium.records import Completion
+from trivium.rewards.weighted import WeightedRewards, as_completions
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -37,6 +40,7 @@ from trivium.training.rollout import (
     SampleConfig,
     completion_logprobs,
     log_samples,
+    reference_logprobs,
     room_for_prompt,
     rows_over_ranks,
     sample_over_ranks,
@@ -67,10 +71,14 @@ class Config:
     """Completions of each prompt."""
     minibatches: int = 2
     """Optimizer steps per round; one pass over its completions."""
+    estimator: str = "grpo"
+    """`grpo`, `rloo` (less the mean of the group's others) or `reinforce++` (normalised over the round, any group)."""
     scale: str = "std"
-    """`std` divides by the group's standard deviation; `none` is Dr. GRPO."""
+    """`std` divides by the group's standard deviation; `none`, with `constant` below, is Dr. GRPO. `grpo` only."""
+    aggregate: str = "token"
+    """What weighs the same: `token`, `completion`, or `constant` (sum / max_new_tokens each); `rloo` sums each."""
     beta: float = 0.02
-    """Weight of the KL to the reference (k3 times ratio, nats) in the loss."""
+    """Weight of the KL to the reference (nats): `grpo` has it in the loss (k3 times ratio), others in the reward."""
     clip_range: float = 0.2
     """How far the ratio of new to old probability may move before its gradient stops."""
     save_every: int = 10
@@ -79,22 +87,29 @@ class Config:
     """Optimizer."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How completions are sampled."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range; a group of one has no baseline."""
-        one_of(self, scale=("std", "none"))
-        bounds(self, iterations=(1, None), prompts_per_round=(1, None), group_size=(2, None), minibatches=(1, None))
-        bounds(self, beta=(0, None), clip_range=(1e-4, 1), save_every=(1, None))
+        """Refuse values outside their range, and what would be ignored; a group of one has no baseline."""
+        one_of(self, estimator=tuple(ESTIMATORS), scale=("std", "none"), aggregate=("token", "completion", "constant"))
+        smallest = 1 if self.estimator == "reinforce++" else 2
+        bounds(self, iterations=(1, None), prompts_per_round=(1, None), minibatches=(1, None), save_every=(1, None))
+        bounds(self, beta=(0, None), clip_range=(1e-4, 1), group_size=(smallest, None))
+        refuse_meaningless(self)
 
 
 def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossOutput:
-    """Return the summed loss of a minibatch: the clipped ratio times the group's advantage, plus beta times KL."""
+    """Return the summed loss of a minibatch: the clipped ratio times the advantage, plus what KL the loss holds."""
     logits = policy.logits(policy(batch.tokens.input_ids, positions=batch.tokens.positions))
     logprobs = token_logprobs(logits, batch.tokens.targets, config.sampling.temperature)
-    loss = grpo(
-        logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, config.clip_range, config.beta, batch.mask
-    )
-    return LossOutput(total=loss.sum())
+    new, old, ref, advantages = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages
+    if config.estimator == "rloo":
+        loss = rloo(new, old, advantages, config.clip_range, batch.mask).unsqueeze(-1)
+    else:
+        beta = config.beta if config.estimator == "grpo" else 0.0  # the others have it in the reward
+        loss = grpo(new, old, ref, advantages, config.clip_range, beta, batch.mask)
+    return LossOutput(total=loss.sum() if batch.divisors is None else (loss.sum(-1) / batch.divisors).sum())
 
 
 def run(config: Config, run: Run) -> None:
@@ -121,21 +136,30 @@ def run(config: Config, run: Run) -> None:
             grpo.finish()
 
 
+def refuse_meaningless(config: Config) -> None:
+    """Raise ConfigError for a setting that the estimator would ignore."""
+    for name in ("scale", "aggregate"):
+        value = getattr(config, name)
+        if value != getattr(Config, name) and name not in ESTIMATORS[config.estimator]:
+            raise ConfigError(f"{name} = {value!r}: means nothing to estimator = {config.estimator!r}; leave it out")
+
+
 class Trainer:
     """Policy and reference, and what is done with them each round."""
 
     def __init__(self, config: Config, run: Run) -> None:
         """Load the models, the prompts and the rewards."""
         self.config, self.run = config, run
-        device = device_of(run.settings)
+        device, dtype = device_of(run.settings), weight_dtype(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
-        self.policy = load_model(folder, device=device)
-        self.reference = load_model(folder, device=device).requires_grad_(False)
+        self.policy, self.reference = policy_and_reference(
+            folder, config.lora, device=device, dtype=dtype, seed=run.seed
+        )
         self.modules = {"policy": self.policy}
         self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
-        self.rewards = [(load_attribute(name), weight) for name, weight in config.rewards.items()]
+        self.rewards = WeightedRewards(config.rewards)
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
         longest = room_for_prompt(self.policy, config.sampling)
         self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, longest=longest)
@@ -155,37 +179,26 @@ class Trainer:
     def reward(self, rows: Sequence[int], generated: Sequence[Generated]) -> Tensor:
         """Return the weighted sum of the rewards, float [N]; each rank asks for those of its groups, once."""
         prompts = [self.prompts.prompts[row] for row in rows]
-        completions = [
-            Completion(
-                prompt_id=prompt.id,
-                text=self.tokenizer.decode(g.token_ids),
-                token_ids=tuple(g.token_ids),
-                policy=self.run.id,
-                finish_reason=g.finish_reason,
-            )
-            for prompt, g in zip(prompts, generated, strict=True)
-        ]
+        completions = as_completions(prompts, generated, self.tokenizer, self.run.id)
 
         def compute(chosen: list[int]) -> Tensor:
-            asked = [prompts[i] for i in chosen], [completions[i] for i in chosen]
-            parts = [weight * torch.tensor(function(*asked)) for function, weight in self.rewards]
-            return torch.stack([part.float() for part in parts]).sum(0)
+            return self.rewards([prompts[i] for i in chosen], [completions[i] for i in chosen])
 
         return over_ranks(len(rows), compute, group=self.config.group_size)
 
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], rewards: Tensor) -> RolloutBatch:
-        """Return the round as tensors; every token of a completion carries the completion's advantage."""
-        device = next(self.policy.parameters()).device
+        """Return the round as tensors; advantages are those of the whole round, before it is split."""
+        config, device = self.config, next(self.policy.parameters()).device
         prompts = [self.prompts.encoded[row] for row in rows]
         tokens = to_device(to_tokens(prompts, [g.token_ids for g in generated], self.tokenizer.pad_id), device)
         mask = tokens.targets != IGNORE
-        temperature = self.config.sampling.temperature
+        temperature = config.sampling.temperature
         with autocast(self.run.settings):
             old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
-            reference = rows_over_ranks(tokens, partial(completion_logprobs, self.reference, temperature=temperature))
-        groups = torch.arange(len(rows)) // self.config.group_size
-        scale: Literal["std", "none"] = "std" if self.config.scale == "std" else "none"
-        advantages = group_advantages(rewards, groups, scale).to(device)
+            reference = rows_over_ranks(tokens, partial(reference_logprobs, self.reference, temperature=temperature))
+        kl, inside = kl_k1(old, reference).cpu(), mask.cpu()  # there a sum by groups is the same every time
+        shaping = config.estimator, config.group_size, config.scale, config.beta
+        advantages = round_advantages(rewards, kl, inside, *shaping)
         nothing = torch.zeros_like(old)
         return RolloutBatch(
             tokens=tokens,
@@ -193,10 +206,11 @@ class Trainer:
             old_logprobs=old,
             ref_logprobs=reference,
             scores=rewards.to(device),
-            advantages=advantages.unsqueeze(-1) * mask,
+            advantages=advantages.to(device),
             returns=nothing,
             values=nothing,
             rewards=nothing,
+            divisors=completion_divisors(config.estimator, config.aggregate, mask, config.sampling.max_new_tokens),
         )
 
     def update(self, batch: RolloutBatch, round_: int) -> float:
@@ -220,10 +234,10 @@ class Trainer:
         if skipped:
             self.run.metric("train/skipped", skipped, round_ + 1)
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
-        # Sampling, old and reference are one forward each, the update three.
-        self.run.spend(
-            tokens=num_tokens, flops=6 * self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens
-        )
+        model, context = self.policy.config, batch.mask.shape[1]
+        # Sampling, old and reference are one forward each, the update three (fewer with adapters).
+        flops = 3 * model.flops_per_token(context) + training_flops(model, context, config.lora)
+        self.run.spend(tokens=num_tokens, flops=flops * num_tokens)
         return sum(losses) / len(losses)
 
     def record(
@@ -235,9 +249,10 @@ class Trainer:
             "rollout/reward": float(batch.scores.mean()),
             "rollout/kl": float(masked_sum(batch.old_logprobs - batch.ref_logprobs, batch.mask).mean()),
             "rollout/length": sum(len(g.token_ids) for g in generated) / len(generated),
-            "rollout/zero_variance_frac": float((scores.amax(1) == scores.amin(1)).float().mean()),
             "train/loss": loss,
         }
+        if self.config.estimator != "reinforce++":  # which compares with the round, not within the group
+            figures["rollout/zero_variance_frac"] = float((scores.amax(1) == scores.amin(1)).float().mean())
         for name, value in figures.items():
             self.run.metric(name, value, step)
         texts = [self.tokenizer.decode(g.token_ids) for g in generated]
@@ -268,6 +283,7 @@ class Trainer:
             num_parameters=self.policy.config.num_parameters(),
             prompts_too_long=self.prompts.too_long,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
+            **adapter_facts(self.policy),
         )
         self.tokenizer.save(run.dir / "model")
-        save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)
+        save_adapted(run.dir, self.policy, eos_token_id=self.tokenizer.end_id)

@@ -1,14 +1,13 @@
 """Proximal policy optimisation: the policy is moved towards what the reward model prefers, on a leash of KL to the SFT.
 
 Reads   the SFT model (start and frozen reference), a reward model, prompts
-Writes  model/: the aligned chat model
+Writes  model/: the aligned chat model; with LoRA its adapters too, in adapter/
 Paper   Schulman 2017, arXiv 1707.06347; Ouyang 2022, arXiv 2203.02155, eq. 2; Huang 2024, arXiv 2403.17031 (details)
 Watch   rollout/score rises at a bounded rollout/kl, and rollout/true_taste with it: alone, it is over-optimisation
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,20 +16,21 @@ import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
-from trivium.config import CodeRef, ConfigError, InputPath, Ref, bounds, load_attribute
+from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses import ppo as losses
 from trivium.losses.logprobs import entropy, masked_mean, masked_sum, token_logprobs, whiten
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
 from trivium.models.heads import ScalarModel
-from trivium.models.hf import load_model, save_model
+from trivium.models.lora import LoraConfig, adapter_facts, policy_and_reference, trained_copy, training_flops
 from trivium.models.transformer import Transformer
 from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
-from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share
+from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -38,6 +38,7 @@ from trivium.training.rollout import (
     SampleConfig,
     completion_logprobs,
     log_samples,
+    reference_logprobs,
     room_for_prompt,
     rows_over_ranks,
     sample_over_ranks,
@@ -91,6 +92,8 @@ class Config:
     """Optimizer of policy and value model."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How completions are sampled."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters for policy and value model, on frozen weights; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -150,17 +153,16 @@ class Trainer:
         """Load the models and the prompts; raises UserError when there are none."""
         self.config, self.run = config, run
         check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
-        device = device_of(run.settings)
+        device, dtype = device_of(run.settings), weight_dtype(run.settings)
         folder = run.model("policy")
         self.tokenizer = Tokenizer.load(folder)
         if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
-            raise ConfigError(
-                f"{run.id}: policy and reward model have different tokenizers; train one from the other's"
-            )
-        self.policy = load_model(folder, device=device)
-        self.reference = load_model(folder, device=device).requires_grad_(False)
+            raise ConfigError(f"{run.id}: policy and reward model have different tokenizers; train one from the other")
+        self.policy, self.reference = policy_and_reference(
+            folder, config.lora, device=device, dtype=dtype, seed=run.seed
+        )
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
-        self.value = copy.deepcopy(self.reward.model).requires_grad_(True)
+        self.value = trained_copy(self.reward.model, config.lora, dtype=dtype, seed=run.seed + 1)
         torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
         self.modules = {"policy": self.policy, "value": self.value}
         self.objectives = {
@@ -192,14 +194,13 @@ class Trainer:
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], scores: Tensor) -> RolloutBatch:
         """Return the round as tensors: reference log-probabilities, KL in the reward, values, advantages, returns."""
         config, device = self.config, next(self.policy.parameters()).device
-        tokens = to_tokens(
-            [self.prompts.encoded[r] for r in rows], [g.token_ids for g in generated], self.tokenizer.pad_id
-        )
+        prompts = [self.prompts.encoded[row] for row in rows]
+        tokens = to_tokens(prompts, [g.token_ids for g in generated], self.tokenizer.pad_id)
         tokens, mask = to_device(tokens, device), (tokens.targets != IGNORE).to(device)
         temperature = config.sampling.temperature
         with autocast(self.run.settings):
             old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
-            reference = rows_over_ranks(tokens, partial(completion_logprobs, self.reference, temperature=temperature))
+            reference = rows_over_ranks(tokens, partial(reference_logprobs, self.reference, temperature=temperature))
             values = rows_over_ranks(tokens, partial(token_values, self.value)).masked_fill(~mask, 0.0)
         kl = losses.kl_k1(old, reference)
         rewards = losses.shape_rewards(scores.to(device), kl, mask, self.controller.value)
@@ -234,9 +235,10 @@ class Trainer:
                     totals[name] = totals.get(name, 0.0) + figure
                 steps += 1
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
+        model, context = self.policy.config, batch.mask.shape[1]
         # Sampling, reference, old policy, values and score are one forward each; each epoch trains two networks.
-        flops = self.policy.config.flops_per_token(batch.mask.shape[1]) * num_tokens * (5 + 6 * config.epochs)
-        self.run.spend(tokens=num_tokens, flops=flops)
+        flops = 5 * model.flops_per_token(context) + 2 * config.epochs * training_flops(model, context, config.lora)
+        self.run.spend(tokens=num_tokens, flops=flops * num_tokens)
         return {name: total / steps for name, total in totals.items()}
 
     def record(
@@ -292,6 +294,7 @@ class Trainer:
             prompts_too_long=self.prompts.too_long,
             kl_coef=self.controller.value,
             data={"name": ", ".join(config.prompts), "num_prompts": len(self.prompts), "num_completions": completions},
+            **adapter_facts(self.policy),
         )
         self.tokenizer.save(run.dir / "model")
-        save_model(run.dir / "model", self.policy, eos_token_id=self.tokenizer.end_id)
+        save_adapted(run.dir, self.policy, eos_token_id=self.tokenizer.end_id)

@@ -30,7 +30,7 @@ from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -125,12 +125,12 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     model = Transformer(model_config(config, tokenizer))
     model.init_weights(run.seed)
-    model.to(device)
+    model.to(device, weight_dtype(run.settings))
     flops_per_item = 3 * model.config.flops_per_token(config.context)
     items = config.fit.steps * config.fit.batch_size * config.context
     compiled = compile_layers(model, run.settings, flops=items * flops_per_item)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         batch = to_device(loader.batch(step, rank, size), device)

@@ -1,36 +1,42 @@
 """The reward model: a separate network with a scalar head learns the rankings.
 
 Reads   rankings from preferences.db (the collection of a collect_comparisons run); a chat model to start from
-Writes  model/: a sequence classifier with one label, and in its config the mean and deviation of its raw scores
+Writes  model/: a sequence classifier with one label, and in its config the mean and deviation of its raw scores;
+        with LoRA its adapters too, in adapter/
 Paper   Ouyang et al. 2022, arXiv 2203.02155, equation 1: all pairs of a prompt in one batch, weighted 1/C(K,2)
 Watch   held-out accuracy between the annotators' ceiling (how often one foretells another) and what length alone gives
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trivium.batches import LossOutput, PreferenceBatch, to_device
-from trivium.config import ConfigError, Ref, bounds, one_of
+from trivium.config import ConfigError, Dial, Ref, UserError, bounds, one_of
 from trivium.data.collate import PreferenceGroup, collate_preferences
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
-from trivium.evals.ranked_pairs import Measured, measure, scored_pairs
+from trivium.evals.ranked_pairs import Measured, by_disagreement, measure, scored_pairs
 from trivium.losses.pairwise import bradley_terry, centering, plackett_luce
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.heads import ScalarModel, score_at
-from trivium.models.hf import load_model, save_model
+from trivium.models.hf import CONFIG, WEIGHTS, load_model
+from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
 from trivium.preferences.agreement import agreement
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, to_dict
+from trivium.rewards.learned import LearnedReward, combine
 from trivium.runs.manifest import Run
-from trivium.training.distributed import device_of, world
-from trivium.training.judgements import Judgements, data_facts, load_judgements
+from trivium.training.distributed import data_ranks, device_of, weight_dtype
+from trivium.training.judgements import Judgements, data_facts, load_judgements, resampled
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 
@@ -55,6 +61,12 @@ class Config:
     """`drop`: a tied pair teaches nothing. `equal`: it counts as half a win each way, and pulls the scores together."""
     weights: dict[str, float] = field(default_factory=dict)
     """What an annotator's rankings count for in training, by name; 1 where not named, 0 leaves them out."""
+    member: int = 0
+    """Which member of an ensemble: above 0, prompts weigh by a random draw and come in an order of the member's own."""
+    ensemble: tuple[Ref, ...] = ()
+    """Finished members, whose scores are averaged with this one's; they need the same rankings, split and seed."""
+    pessimism: float = 0.0
+    """Standard deviations between the ensemble's members that are taken off their mean; 0 means the mean."""
     heldout_frac: float = 0.2
     """Fraction of the prompts kept for the held-out accuracy."""
     context: int = 512
@@ -63,16 +75,21 @@ class Config:
     """Cut the beginning of a prompt that is too long for `context` instead of leaving its group out."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop; its items are ranked groups."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters, and the head, instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse an unknown loss, and a weight or margin that means nothing."""
         one_of(self, loss=("bradley_terry", "plackett_luce"), ties=("drop", "equal"))
         bounds(self, heldout_frac=(0.01, 0.9), context=(8, None), margin=(0.0, None), center=(0.0, None))
+        bounds(self, member=(0, None), pessimism=(0.0, None))
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight >= 0):
                 raise ConfigError(f"weights.{name} = {weight} is out of range; it must be a number from 0 up")
         if self.margin and self.loss != "bradley_terry":
             raise ConfigError(f"margin = {self.margin} needs loss = 'bradley_terry'; plackett_luce knows no margin")
+        if self.pessimism and not self.ensemble:
+            raise ConfigError(f"pessimism = {self.pessimism} needs an ensemble, whose members can disagree; name some")
 
 
 def objective(
@@ -110,11 +127,13 @@ def run(config: Config, run: Run) -> None:
             cut=config.cut,
         )
     device = device_of(run.settings)
-    backbone = load_model(run.model("init"), device=device)
+    members = load_members(run, tokenizer, device)
+    backbone = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
-    train, heldout = judgements.train, judgements.heldout
-    loader = RowLoader(len(train), config.fit.batch_size, run.seed)
-    rank, size = world()
+    model = adapt(model, config.lora, seed=run.seed)
+    train, heldout = resampled(judgements.train, run.seed, config.member), judgements.heldout
+    loader = RowLoader(len(train), config.fit.batch_size, run.seed + 1009 * config.member)
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
         rows = loader.rows(step, rank, size)
@@ -140,21 +159,54 @@ def run(config: Config, run: Run) -> None:
         batches,
         config.fit,
         evaluate=evaluate,
-        flops_per_item=3 * backbone.config.flops_per_token(config.context),
+        flops_per_item=training_flops(backbone.config, config.context, config.lora),
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     with whole(model):
         if not run.owner:
             return
         known, asked = (flat_scores(model, side, tokenizer.pad_id) for side in (train, heldout))
-        pairs = [scored_pairs(side, scores.tolist()) for side, scores in ((train, known), (heldout, asked))]
-        measured = measure(*pairs, seed=run.seed)
-        report(run, model, judgements, measured)
         mean, std = calibrate(known)
+        table = scores_by_member(heldout, (asked - mean) / std, members)
+        joint = combine(table, config.pessimism) * std if members else asked
+        pairs = scored_pairs(heldout, joint.tolist())
+        measured = measure(scored_pairs(train, known.tolist()), pairs, seed=run.seed)
+        report(run, model, judgements, measured)
+        if members:
+            leads = np.stack([scored_pairs(heldout, scores).leads for scores in table.tolist()])
+            run.note(disagreement=by_disagreement(pairs, leads))
         run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
         tokenizer.save(run.dir / "model")
         extra = {"reward_mean": mean, "reward_std": std, "temperature": measured.temperature}
-        save_model(run.dir / "model", model, extra=extra, eos_token_id=tokenizer.end_id)
+        if members:
+            extra |= {"ensemble": save_members(run), "pessimism": config.pessimism}
+        save_adapted(run.dir, model, extra=extra, eos_token_id=tokenizer.end_id)
+
+
+def load_members(run: Run, tokenizer: Tokenizer, device: torch.device) -> list[LearnedReward]:
+    """Return the finished members of the ensemble; raises UserError for one that reads another tokenizer's ids."""
+    folders = [folder / "model" for folder in run.parents_of("ensemble")]
+    for folder in folders:
+        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{folder} has another tokenizer than init; an ensemble's members need the same one")
+    return [LearnedReward.from_folder(folder, pad_id=tokenizer.pad_id, device=device) for folder in folders]
+
+
+def save_members(run: Run) -> int:
+    """Copy the other members into the model's folder, so that it stays whole when it moves; return how many."""
+    folders = run.parents_of("ensemble")
+    for number, folder in enumerate(folders):
+        into = run.dir / "model" / f"ensemble-{number}"
+        into.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(folder / "model" / name, into / name)
+    return len(folders)
+
+
+def scores_by_member(groups: Sequence[PreferenceGroup], own: Tensor, members: Sequence[LearnedReward]) -> Tensor:
+    """Return every member's calibrated score of every completion, float [members, N], this model's first."""
+    rows = [[*group.prompt_ids, *ids] for group in groups for ids in group.completion_ids]
+    return torch.stack([own, *(torch.tensor(member.score_ids(rows)) for member in members)])
 
 
 def scores_of(model: ScalarModel, batch: PreferenceBatch) -> Tensor:
@@ -169,13 +221,14 @@ def report(run: Run, model: ScalarModel, judgements: Judgements, measured: Measu
         run.result(task, metric, figure.value, low=figure.low, high=figure.high, n=figure.n)
     found = agreement(judgements.heldout_rankings, seed=run.seed).ceiling
     run.note(
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name),
         kinds=judgements.kinds,
         num_heldout_rankings=len(judgements.heldout),
         dropped=judgements.dropped,
         cut=judgements.cut,
         ceiling=to_dict(found) if found else None,
         **measured.facts,
+        **adapter_facts(model),
     )
 
 

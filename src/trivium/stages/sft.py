@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the base model learns to answer, from (instruction, ideal response) pairs.
 
 Reads   a base model; conversations in the `messages` schema (or any that `data.sources` reads)
-Writes  model/: a chat model whose generation ends at the end of its turn
+Writes  model/: a chat model whose generation ends at the end of its turn; with LoRA its adapters too, in adapter/
 Paper   Ouyang et al. 2022, arXiv 2203.02155, section 3.5
 Watch   eval/loss against train/loss: where they part, it memorises
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import InputPath, Ref, UserError, bounds
+from trivium.config import Dial, InputPath, Ref, UserError, bounds
 from trivium.data.chat import render, render_prompt
 from trivium.data.collate import pad_rows
 from trivium.data.loader import RowLoader
@@ -25,13 +25,15 @@ from trivium.data.sources import load_conversations
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
 from trivium.losses.cross_entropy import head_cross_entropy
+from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import generate
-from trivium.models.hf import load_model, save_model
+from trivium.models.hf import load_model
+from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
-from trivium.training.distributed import autocast, device_of, world
+from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -53,6 +55,8 @@ class Config:
     """Fraction of the prompts kept for the held-out loss."""
     fit: FitConfig = field(default_factory=FitConfig)
     """The training loop."""
+    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
+    """Low-rank adapters instead of the whole network; rank 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse fractions and lengths that leave nothing."""
@@ -70,10 +74,11 @@ def run(config: Config, run: Run) -> None:
     tokenizer = Tokenizer.load(run.model("init"))
     train, heldout, facts = load_rows(config, run, tokenizer)
     device = device_of(run.settings)
-    model = load_model(run.model("init"), device=device)
+    start = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
+    model = adapt(start, config.lora, seed=run.seed)
     compile_layers(model, run.settings)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
-    rank, size = world()
+    rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[TokenBatch]:
         rows = loader.rows(step, rank, size)
@@ -92,7 +97,7 @@ def run(config: Config, run: Run) -> None:
         batches,
         config.fit,
         evaluate=evaluate,
-        flops_per_item=3 * model.config.flops_per_token(config.context),
+        flops_per_item=training_flops(model.config, config.context, config.lora),
         tokens_in=lambda parts: sum(int((part.input_ids != tokenizer.pad_id).sum()) for part in parts),
     )
     with whole(model):
@@ -108,9 +113,10 @@ def run(config: Config, run: Run) -> None:
             skipped_untrained=facts["untrained"],
             prompt_diversity=facts["diversity"],
             epochs=config.fit.steps * config.fit.batch_size / len(train),
+            **adapter_facts(model),
         )
         tokenizer.save(run.dir / "model")
-        save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
+        save_adapted(run.dir, model, eos_token_id=tokenizer.end_id)
 
 
 Row = tuple[list[int], list[bool]]

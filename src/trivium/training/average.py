@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from trivium.training.parallel import copy_whole, mesh_of
 
 
 class Average:
@@ -23,19 +26,25 @@ class Average:
         self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in self._parameters.items()}
         self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
+        # What is sharded is averaged where it lies; one call takes tensors of one mesh.
+        self._groups: dict[DeviceMesh | None, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            self._groups.setdefault(mesh_of(parameter), []).append(name)
+
     def update(self) -> None:
         """Move the average towards the weights as they are now."""
-        now = [p.detach().to(torch.float32) for p in self._parameters.values()]
-        self._update(list(self._average.values()), now, 0)
+        for names in self._groups.values():
+            now = [self._parameters[name].detach().to(torch.float32) for name in names]
+            self._update([self._average[name] for name in names], now, 0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averages as named tensors, for a checkpoint."""
+        """Return the averages as named tensors, sharded as the weights are, for a checkpoint."""
         return dict(self._average)
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
-        """Take `tensors()` back."""
+        """Take `tensors()` back, each of them whole."""
         for name, value in flat.items():
-            self._average[name].copy_(value)
+            copy_whole(self._average[name], value)
 
     def copy_to_model(self) -> None:
         """Replace the model's weights by their average."""

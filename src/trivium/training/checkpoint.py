@@ -254,16 +254,16 @@ class Checkpointer:
         return None
 
     def _load(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Checkpoint:
-        ours = self.run.manifest.fingerprint
-        if facts["fingerprint"] != ours:
+        ours, theirs = self.run.manifest.fingerprint, facts["fingerprint"]
+        if theirs != ours and not self.run.settings.allow_changed:
             raise UserError(
-                f"{path} belongs to a run of fingerprint {facts['fingerprint']} and this run's is {ours}: its recipe, "
-                "data or seed is another; move that folder away to start from the beginning"
+                f"{path} belongs to a run of fingerprint {theirs} and this run's is {ours}: its recipe, data or seed "
+                "is another; move that folder away to start from the beginning, or say --run.allow-changed to go on"
             )
         parameters = {f"{n}/{key}": p for n, m in self.modules.items() for key, p in module_tensors(m).items()}
         found = {key: value for key, value in tensors.items() if "#" not in key and not key.startswith("rng/")}
         odd = sorted(found.keys() ^ parameters.keys()) or sorted(
-            key for key, p in parameters.items() if p.shape != found[key].shape
+            key for key, p in parameters.items() if p.shape != found[key].shape or p.dtype != found[key].dtype
         )
         if odd:
             raise UserError(f"{path} and this model differ in {odd[0]}; move it away to start from the beginning")
@@ -277,7 +277,10 @@ class Checkpointer:
         for name, average in self.averages.items():
             average.load_tensors(_under(tensors, f"{name}#average/"))
         set_rng(_under(tensors, "rng/"))
-        self.run.restore(facts["run"])
+        # The lengths of another run's log say nothing about this one's.
+        self.run.restore(facts["run"] | ({"offsets": self.run.events.offsets()} if theirs != ours else {}))
+        if theirs != ours:
+            self._tell_changed(path, theirs, facts["step"])
         return Checkpoint(step=facts["step"], state=facts["state"])
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -307,6 +310,14 @@ class Checkpointer:
                 f"{free:,} free; free some, or name a --workspace on another disk"
             )
 
+    def _tell_changed(self, path: Path, fingerprint: str, step: int) -> None:
+        """Say on stderr, in the log and in the manifest that the run goes on from another run's checkpoint."""
+        if self.run.owner:
+            print(f"{path}: of a run of fingerprint {fingerprint}, allowed; this run goes on from it", file=sys.stderr)
+        entry = {"fingerprint": fingerprint, "step": step}
+        self.run.notice("checkpoint of another run", entry, step)
+        self.run.note(continued_from=[*self.run.state()["summary"].get("continued_from", []), entry])
+
     def _tell(self, damaged: Mapping[Path, str], step: int) -> None:
         """Name damaged checkpoints on stderr and in the run's log."""
         for path, what in damaged.items():
@@ -315,8 +326,11 @@ class Checkpointer:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint holds of a module, by name: its parameters, a tied one once."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """Return what a checkpoint holds of a module, by name: the parameters that are trained, a tied one once.
+
+    Frozen ones (those below adapters) are the parent's, from which the stage has loaded them again.
+    """
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from trivium.config import ConfigError, RunSettings, Stopped, UserError
 from trivium.runs.ranks import ranks_from_environment
 from trivium.training.allocator import keep_freed_memory
+from trivium.training.timing import product_seconds
 
 T = TypeVar("T")
 
@@ -39,10 +39,11 @@ class _Told(UserError):
 
 
 class _Group:
-    """The store behind the process group, through which rank 0 tells the others what it decided."""
+    """The store behind the process group, through which rank 0 tells the others what it decided; how ranks are laid."""
 
     store: Any = None
     decisions: int = 0
+    tensor: int = 1
 
 
 def setup(settings: RunSettings) -> None:
@@ -59,6 +60,7 @@ def setup(settings: RunSettings) -> None:
             cores = _cores_allowed()
         cores = max(1, cores // ranks.local_size)
     torch.set_num_threads(settings.threads or cores)
+    _Group.tensor = settings.tensor_parallel if ranks.size > 1 else 1
     if ranks.size == 1 or dist.is_initialized():
         return
     timeout = timedelta(seconds=settings.rank_timeout_s)
@@ -90,6 +92,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
         return
     rank = world()[0]
     try:
+        check_layout(settings.tensor_parallel, world()[1])
         yield
     except BaseException as error:
         first = not isinstance(error, _Told) and _first_to_fail()
@@ -111,7 +114,7 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    _Group.store = None
+    _Group.store, _Group.tensor = None, 1
 
 
 def decide(compute: Callable[[], T]) -> T:
@@ -222,10 +225,22 @@ def device_of(settings: RunSettings) -> torch.device:
 def compute_dtype(settings: RunSettings) -> torch.dtype:
     """Return the dtype of the matrix products: bf16 where this machine multiplies it clearly faster, else fp32."""
     if settings.precision != "auto":
-        return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        return torch.float32 if settings.precision == "fp32" else torch.bfloat16
     if device_of(settings).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _bf16_pays() else torch.float32
+
+
+def weight_dtype(settings: RunSettings) -> torch.dtype:
+    """Return the dtype in which a stage keeps the weights that it trains: fp32, or bf16 for `bf16-pure`."""
+    return torch.bfloat16 if settings.precision == "bf16-pure" else torch.float32
+
+
+def precision_name(settings: RunSettings) -> str:
+    """Return what `precision` comes to on this machine, as a run's fingerprint has it: results depend on it."""
+    if weight_dtype(settings) is torch.bfloat16:
+        return settings.precision
+    return str(compute_dtype(settings)).removeprefix("torch.")
 
 
 @functools.cache
@@ -237,18 +252,15 @@ def _bf16_pays() -> bool:
     """
     if not any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")):
         return False
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(5):  # in turn, and the best of each: other work on the machine then disturbs both alike
-        for dtype in seconds:
-            matrix = torch.ones(768, 768, dtype=dtype)
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+    fp32, bf16 = product_seconds([torch.float32, torch.bfloat16], torch.device("cpu"), side=768)
+    return fp32 > 1.5 * bf16
 
 
 def autocast(settings: RunSettings) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which forward passes run: autocast to bf16 over fp32 master weights, or nothing."""
+    """Return the context in which forward passes run: autocast to bf16, or nothing.
+
+    Of weights in bf16 there is nothing to cast; what else a pass uses (an fp32 reward model, say) is lowered as ever.
+    """
     if compute_dtype(settings) is torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_of(settings).type, dtype=torch.bfloat16)
@@ -261,17 +273,48 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def tensor_ranks() -> int:
+    """Return how many ranks have one copy of the layers between them, and so the same rows; 1 without a group."""
+    return _Group.tensor
+
+
+def data_ranks() -> tuple[int, int]:
+    """Return (rank, size) among those that train on different rows: what a loader shares them by.
+
+    The ranks of a tensor group, which are neighbours, have one number. Worked: of ranks 0 1 2 3 with
+    `tensor_parallel = 2`, 0 and 1 are (0, 2), 2 and 3 are (1, 2).
+    """
+    rank, size = world()
+    return rank // _Group.tensor, size // _Group.tensor
+
+
+def check_layout(tensor: int, size: int) -> None:
+    """Raise ConfigError when `size` ranks are not whole groups of `tensor`."""
+    if size % tensor:
+        raise ConfigError(
+            f"tensor_parallel = {tensor} does not divide the {size} ranks; start a multiple of it, or set it to 1"
+        )
+
+
 def check_shares(**sizes: int) -> None:
-    """Raise ConfigError when a named batch has fewer rows than there are ranks to share it."""
-    shares = world()[1]
+    """Raise ConfigError when a named batch has fewer rows than there are ranks (or tensor groups) to share it."""
+    shares = data_ranks()[1]
     for name, size in sizes.items():
         if size < shares:
-            raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} ranks; raise it, or use fewer ranks")
+            who = "ranks" if _Group.tensor == 1 else f"groups of {_Group.tensor} ranks"
+            raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} {who}; raise it, or use fewer ranks")
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of `value` over all ranks (itself when there is one)."""
-    return _reduced(value, dist.ReduceOp.SUM)
+    """Return the sum of `value` over the ranks with different rows (itself when there is one).
+
+    The ranks of a tensor group have the same value. All are summed nevertheless, and the sum divided: so every rank has
+    the same figure to the bit, and all decide alike by it.
+    """
+    total = _reduced(value, dist.ReduceOp.SUM)
+    if _Group.tensor == 1:
+        return total
+    return total / _Group.tensor if total.is_floating_point() else total // _Group.tensor
 
 
 def all_reduce_max(value: int) -> int:
@@ -298,13 +341,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)
-    total = int(all_reduce_sum(torch.tensor(len(rows))))
+    total = int(_reduced(torch.tensor(len(rows)), dist.ReduceOp.SUM))
     return torch.stack(parts, 1).flatten(0, 1)[:total]
 
 
 def share(rows: Tensor) -> Tensor:
-    """Return this rank's part of the rows of a tensor: every `size`-th; all of them on one process alone."""
-    rank, size = world()
+    """Return this rank's part of the rows to train on: every `size`-th; all of them on one process alone."""
+    rank, size = data_ranks()
     return rows[rank::size]
 
 
@@ -312,13 +355,17 @@ def over_ranks(count: int, compute: Callable[[list[int]], Tensor], *, group: int
     """Return `compute(range(count))` [count, ...], the work split over ranks by whole groups of `group` neighbours.
 
     `compute` goes from row numbers to a tensor with a row for each, whose other dimensions are equal on all ranks.
+    For work outside of a step, where each rank has whole weights: the ranks of a tensor group do different rows, too.
     """
     rank, size = world()
     if size == 1:
         return compute(list(range(count)))
     groups = range(count // group)[rank::size]
-    part = compute([number * group + place for number in groups for place in range(group)])
-    return gather_rows(part.view(len(groups), group, *part.shape[1:])).flatten(0, 1)
+    # A rank for which none is left does the first one over again, for the shape alone.
+    asked = groups or range(1)
+    part = compute([number * group + place for number in asked for place in range(group)])
+    part = part.view(len(asked), group, *part.shape[1:])
+    return gather_rows(part[: len(groups)]).flatten(0, 1)
 
 
 def _reduced(value: Tensor, operation: Any) -> Tensor:

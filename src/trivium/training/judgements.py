@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trivium.config import UserError, suggest
 from trivium.data.chat import render_prompt
 from trivium.data.collate import PreferenceGroup
@@ -116,6 +118,20 @@ def cut_prompt(group: PreferenceGroup, context: int) -> PreferenceGroup:
     if len(group.prompt_ids) <= room or room < 2:
         return group
     return dataclasses.replace(group, prompt_ids=[group.prompt_ids[0], *group.prompt_ids[-(room - 1) :]])
+
+
+def resampled(groups: Sequence[PreferenceGroup], seed: int, member: int) -> tuple[PreferenceGroup, ...]:
+    """Return the groups as they are for member 0; for others each prompt's weights times a draw of the member's own.
+
+    The draws are exponential with mean 1, a bootstrap that leaves no prompt out (Rubin 1981, "The Bayesian bootstrap"),
+    and one for all rankings of a prompt, because those are no independent witnesses.
+    """
+    if not member:
+        return tuple(groups)
+    names = list(dict.fromkeys(group.prompt_id for group in groups))
+    draws = np.random.default_rng([seed, 0xE5, member]).exponential(size=len(names))
+    drawn = dict(zip(names, draws.tolist(), strict=True))
+    return tuple(dataclasses.replace(group, weight=group.weight * drawn[group.prompt_id]) for group in groups)
 
 
 def completion_ids(completion: Completion, tokenizer: Tokenizer) -> list[int]:

@@ -127,8 +127,6 @@ class _Fitting:
         self.run, self.model, self.config, self.evaluate = run, model, config, evaluate
         if config.keep.best and evaluate is None:
             raise ConfigError(f"keep.best = {config.keep.best!r}: this stage evaluates nothing while it trains")
-        if config.ema_decay and world()[1] > 1 and run.settings.parallel == "fsdp":
-            raise ConfigError(f"ema_decay = {config.ema_decay}: not with parallel = 'fsdp' yet; use 'ddp', or 0")
         self.optimizer = Optimizer(model, config.optim)
         self.average = Average(model, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(config.guard)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.training.compensation import moment_dtype, widened
 from trivium.training.parallel import shard_like, whole_tensor
 
 
@@ -39,9 +40,11 @@ class Muon(torch.optim.Muon):
             assert parameter.grad is not None
             state = self.state[parameter]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
+                kind = moment_dtype(parameter, group["momentum"])
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad, dtype=kind)
+            gradient = parameter.grad.to(state["momentum_buffer"].dtype)
+            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
         rows, columns = parameters[0].shape
         ratio = 0.2 * math.sqrt(max(rows, columns))
         if group["adjust_lr_fn"] != "match_rms_adamw":
@@ -50,21 +53,22 @@ class Muon(torch.optim.Muon):
         stack = torch.stack([whole_tensor(update) for update in updates])
         moves = orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
         for parameter, move in zip(parameters, moves, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(shard_like(parameter, move), alpha=-group["lr"] * ratio)
+            with widened(parameter, self.state[parameter]) as weight:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(shard_like(parameter, move), alpha=-group["lr"] * ratio)
 
 
 def orthogonalise(stack: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
     """Return each matrix of `stack` [N, R, C] with its singular values moved near 1, by a quintic Newton-Schulz.
 
     `X <- a X + (b A + c A A) X` with `A = X X^T`, from X of Frobenius norm 1; the smaller side is kept in front. In
-    bfloat16, as the method was published, where matrix units make that faster; else in the stack's own dtype.
+    bfloat16, as the method was published, where matrix units make that faster; else in the stack's dtype or fp32.
     """
     a, b, c = coefficients
     wide = stack.mT if stack.shape[1] > stack.shape[2] else stack
     # A fact about the processor, not a measurement: a resumed run must not find another answer.
     is_plain_cpu = stack.device.type == "cpu" and not getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    x = wide if is_plain_cpu else wide.bfloat16()
+    x = wide.to(torch.promote_types(wide.dtype, torch.float32)) if is_plain_cpu else wide.bfloat16()
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

@@ -5,15 +5,18 @@ Every trainable parameter is in exactly one group; norms, biases, embeddings and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from trivium.config import bounds, one_of
+from trivium.training import compensation
 from trivium.training.muon import Muon
-from trivium.training.parallel import clip_gradients, shard_like
+from trivium.training.parallel import clip_gradients, mesh_of, shard_like
 from trivium.training.schedule import ScheduleConfig
 
 
@@ -51,28 +54,53 @@ class OptimConfig:
 
 
 def partition(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Return the trainable parameters as `hidden` matrices, other `decayed`-free `rest`; each exactly once.
+    """Return the trainable parameters as `hidden` matrices, low-rank `adapters` and the `rest`; each exactly once.
 
-    Hidden matrices are the 2-D weights of the blocks; embeddings, heads, norms and biases are the rest.
+    Hidden matrices are the 2-D weights of the blocks, and the only ones decayed; embeddings, heads, norms and biases
+    are the rest. Adapters (models/lora.py) are matrices inside the blocks too, but AdamW's: what Muon would make
+    orthogonal is a factor of their product, not the product (docs/LOG.md has both measured).
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "rest": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "adapters": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and ".layers." in f".{name}"
-            groups["hidden" if hidden else "rest"].append((name, parameter))
+            kind = "adapters" if name.endswith(("lora_A", "lora_B")) else "hidden" if hidden else "rest"
+            groups[kind].append((name, parameter))
     return groups
 
 
+def by_mesh(parameters: Sequence[nn.Parameter]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return one parameter group for each set of ranks that parameters are sharded over, and their places in the list.
+
+    A fused update takes no mixture. A checkpoint counts by the places, which do not depend on the ranks.
+    """
+    groups: dict[DeviceMesh | None, list[int]] = {}
+    for place, parameter in enumerate(parameters):
+        groups.setdefault(mesh_of(parameter), []).append(place)
+    made = [{"params": [parameters[place] for place in places]} for places in groups.values()]
+    return made, [place for places in groups.values() for place in places]
+
+
 class Optimizer:
-    """One or two torch optimizers stepped as one, with a learning-rate factor per step."""
+    """One to three torch optimizers stepped as one, with a learning-rate factor per step.
+
+    Weights in bf16 are always updated with compensation: without it, or an fp32 copy, most would never move.
+    """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        """Build the optimizers over the trainable parameters of `model`."""
+        """Build the optimizers over the trainable parameters of `model`.
+
+        Raises ConfigError for weights in fp16, or sharded ones in bf16.
+        """
         self.config = config
         groups = partition(model)
         hidden = [p for _, p in groups["hidden"]]
+        adapters = [p for _, p in groups["adapters"]]
         rest = [p for _, p in groups["rest"]]
-        self.parameters = hidden + rest
+        self.parameters = hidden + adapters + rest
+        compensation.check_trainable(self.parameters)
+        self._is_compensated = any(compensation.is_compensated(p) for p in self.parameters)
+        adamw = compensation.AdamW if self._is_compensated else torch.optim.AdamW
         betas = (config.beta1, config.beta2)
         rest_lr = config.lr * config.embedding_lr_scale
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -87,14 +115,16 @@ class Optimizer:
             self.optimizers.append(muon)
         elif hidden:
             self.optimizers.append(
-                torch.optim.AdamW(
-                    hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+                adamw(hidden, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+            )
+        self._places: list[list[int]] = [list(range(len(hidden)))] if hidden else []
+        for members, lr in ((adapters, config.lr), (rest, rest_lr)):
+            if members:
+                members_by_mesh, places = by_mesh(members)
+                self._places.append(places)
+                self.optimizers.append(
+                    adamw(members_by_mesh, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
                 )
-            )
-        if rest:
-            self.optimizers.append(
-                torch.optim.AdamW(rest, lr=rest_lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
-            )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def step(self, lr_scale: float) -> None:
@@ -112,14 +142,21 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Return the global gradient norm (before clipping) and clip it to `grad_clip`."""
         limit = self.config.grad_clip if self.config.grad_clip > 0 else float("inf")
-        return clip_gradients(self.parameters, limit)
+        if not self._is_compensated:
+            return clip_gradients(self.parameters, limit)
+        # torch's own takes the norm of bf16 gradients in bf16, that is to two digits.
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        total = torch.stack(norms).norm() if norms else torch.zeros(())
+        nn.utils.clip_grads_with_norm_(self.parameters, limit, total)
+        return total
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as flat named tensors, for a checkpoint."""
         flat: dict[str, Tensor] = {}
-        for number, optimizer in enumerate(self.optimizers):
+        for number, (optimizer, places) in enumerate(zip(self.optimizers, self._places, strict=True)):
             for index, entry in optimizer.state_dict()["state"].items():
-                flat |= {f"{number}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+                flat |= {f"{number}.{places[index]}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         return flat
 
     def state_bytes(self) -> int:
@@ -127,19 +164,22 @@ class Optimizer:
         total = 0
         for optimizer in self.optimizers:
             adam = isinstance(optimizer, torch.optim.AdamW)  # two moments and a float32 count of steps; Muon has one
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                total += parameter.numel() * parameter.element_size() * (2 if adam else 1) + (4 if adam else 0)
+            for group in optimizer.param_groups:
+                decays = group["betas"] if adam else (group["momentum"],)
+                total += sum(compensation.state_bytes(p, decays) + (4 if adam else 0) for p in group["params"])
         return total
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
         """Take `tensors()` back."""
         for number, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
+            indices = {place: index for index, place in enumerate(self._places[number])}
             owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            optimizer.state.clear()
             for name, value in _under(flat, f"{number}."):
-                index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = shard_like(owners[int(index)], value)
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                place, key = name.split(".", 1)
+                owner = owners[indices[int(place)]]
+                # Not by `load_state_dict`, which would round an fp32 moment to the dtype of its bf16 weight.
+                optimizer.state[owner][key] = shard_like(owner, value.to(owner.device))
 
 
 def _under(flat: dict[str, Tensor], prefix: str) -> Iterable[tuple[str, Tensor]]:

@@ -1,5 +1,8 @@
 """One model on many ranks: gradients are summed over them, weights replicated (DDP) or sharded (FSDP2).
 
+With `tensor_parallel` the ranks lie on a grid: those of a tensor group work on the same rows, each with its part of the
+matrices (`tensor_parallel.py`), and what is said above goes for the other direction, from group to group.
+
 `spread` is called before the optimizer is made, because sharding replaces the parameters. Outside of a training step
 a sharded model is used through `whole`, which puts the full weights in their place for a while: evaluation, sampling
 and saving then run without talking to other ranks, as long and as often as each likes.
@@ -8,6 +11,7 @@ and saving then run without talking to other ranks, as long and as often as each
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trivium.batches import LossOutput
 from trivium.config import RunSettings
-from trivium.training.distributed import compute_dtype, world
+from trivium.training.distributed import compute_dtype, data_ranks, tensor_ranks, world
+from trivium.training.tensor_parallel import check_network, settle_gradients, split_layers
 
 B = TypeVar("B")
 
@@ -35,9 +40,10 @@ class Spread(Generic[B]):
     Every rank must call it equally often where `lockstep`: a sharded forward pass is a collective.
     """
 
-    def __init__(self, loss: nn.Module, *, lockstep: bool) -> None:
+    def __init__(self, loss: nn.Module, *, lockstep: bool, tensor_mesh: DeviceMesh | None = None) -> None:
         """Hold the wrapped module, whose forward pass goes from a micro-batch to (total, metrics)."""
         self._loss = loss
+        self._tensor_mesh = tensor_mesh
         self.lockstep = lockstep
 
     def __call__(self, batch: B) -> LossOutput:
@@ -56,6 +62,8 @@ class Spread(Generic[B]):
                 if isinstance(module, FSDPModule):
                     module.set_requires_gradient_sync(last, recurse=False)
             yield
+            if last and self._tensor_mesh is not None:
+                settle_gradients(list(self._loss.parameters()), self._tensor_mesh)
 
 
 class _Loss(nn.Module):
@@ -79,8 +87,11 @@ def spread(model: nn.Module, objective: Callable[[B], LossOutput], settings: Run
     if world()[1] == 1:
         return objective
     loss = _Loss(model, objective)
+    if tensor_ranks() > 1:
+        return Spread[B](loss, lockstep=True, tensor_mesh=_lay_on_grid(loss, settings))
     if settings.parallel == "fsdp":
-        _shard(loss, settings)
+        device = next(loss.parameters()).device.type
+        _shard(loss, settings, init_device_mesh(device, (world()[1],)))
         return Spread[B](loss, lockstep=True)
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     # A lambda, because DDP compares a hook's annotations, which here are strings, with its types.
@@ -90,9 +101,11 @@ def spread(model: nn.Module, objective: Callable[[B], LossOutput], settings: Run
 
 def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
     """Sum a bucket of gradients; DDP of itself takes the mean over ranks, which is wrong when their items differ."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    buffer = bucket.buffer()
+    total = buffer.float()  # itself, unless the weights are bf16, whose sum would be rounded at every rank
+    work = dist.all_reduce(total, async_op=True)
     assert work is not None, "an asynchronous collective gives something to wait for"
-    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
+    return work.get_future().then(lambda _: buffer.copy_(total))  # type: ignore[no-any-return]
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -110,10 +123,27 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _shard(loss: _Loss, settings: RunSettings) -> None:
-    """Shard each layer, and in one more group the rest (tied weights stay one parameter, because they share it)."""
+def _lay_on_grid(loss: _Loss, settings: RunSettings) -> DeviceMesh:
+    """Cut the layers over the ranks of a tensor group, then shard or replicate over groups; return the group's mesh.
+
+    The ranks of a group are neighbours, so that they are on one machine where its GPUs divide by their number.
+    """
+    groups, tensor = data_ranks()[1], tensor_ranks()
+    check_network(loss.model, _layers(loss), tensor)  # before the groups talk to each other for the first time
+    # Replicas of what is cut are torch's hybrid mesh with one shard: DDP itself knows no DTensors.
+    sizes = {"data": groups} if settings.parallel == "fsdp" else {"data": groups, "shards": 1}
     device = next(loss.parameters()).device.type
-    mesh = init_device_mesh(device, (world()[1],))
+    mesh = init_device_mesh(device, (*sizes.values(), tensor), mesh_dim_names=(*sizes, "tensor"))
+    # It advises to flatten meshes, on every rank, where a tensor is gathered over both directions in turn.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    split_layers(_layers(loss), mesh["tensor"])
+    if groups > 1:
+        _shard(loss, settings, mesh[tuple(sizes)])
+    return mesh["tensor"]
+
+
+def _shard(loss: _Loss, settings: RunSettings, mesh: DeviceMesh) -> None:
+    """Shard each layer, and in one more group the rest (tied weights stay one parameter, because they share it)."""
     # As autocast has it: matrices multiply in bf16, the residual stream, embeddings and head stay fp32, as do sums.
     lowered = compute_dtype(settings) is torch.bfloat16
     policy = MixedPrecisionPolicy(
@@ -130,6 +160,11 @@ def _shard(loss: _Loss, settings: RunSettings) -> None:
 
 
 # ------------------------------------------------------------------------------------------- whole tensors, and back
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """Return the ranks over which a tensor is sharded, None for one that is not; torch mixes no two in one call."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -179,7 +214,8 @@ def _whole(model: nn.Module) -> Iterator[None]:
         if id(parameter) not in full:
             full[id(parameter)] = nn.Parameter(whole_tensor(parameter.detach()), requires_grad=False)
     for module in model.modules():
-        if isinstance(module, FSDPModule) or any(module is owner for owner, _, _ in held):
+        # Whatever holds a part of a layer, too: attention and MLP make DTensors of their inputs.
+        if isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             hooks.append((module, module._forward_pre_hooks, module._forward_hooks))
             module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     for module, name, parameter in held:
@@ -200,8 +236,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
+            groups.setdefault(mesh_of(parameter), []).append(parameter)
     norms = [
         whole_tensor(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
         for group in groups.values()

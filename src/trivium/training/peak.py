@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
 
 import torch
 
 from trivium.config import RunSettings
 from trivium.training.distributed import compute_dtype, device_of
+from trivium.training.timing import product_seconds
 
 SIDES = {"cuda": 8192, "cpu": 1024}
 """Side of the square matrices: large enough to be bound by arithmetic, small enough to cost a tenth of a second."""
-
-TRIALS = 5
-"""The best of so many is the peak: what else runs on the machine can only make a product slower."""
 
 
 def peak_flops(settings: RunSettings) -> float:
@@ -34,24 +30,5 @@ def matrix_flops(device: torch.device, dtype: torch.dtype, threads: int, side: i
     `threads` only tells results apart: torch is already set to that many.
     """
     side = side or SIDES.get(device.type, SIDES["cpu"])
-    matrix = torch.full((side, side), 0.01, device=device, dtype=dtype)
-    seconds = best_seconds(lambda: torch.mm(matrix, matrix), device)
+    (seconds,) = product_seconds([dtype], device, side)
     return 2 * side**3 / seconds
-
-
-def best_seconds(work: Callable[[], object], device: torch.device, trials: int = TRIALS) -> float:
-    """Return the shortest time that `work` took, to its end on the device, after one run to warm up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    shortest = float("inf")
-    for trial in range(trials + 1):
-        wait()
-        began = time.perf_counter()
-        work()
-        wait()
-        seconds = time.perf_counter() - began
-        shortest = min(shortest, seconds) if trial else shortest
-    return max(shortest, 1e-9)
-
-
-def _nothing() -> None:
-    """Wait for nothing: on a CPU a call returns when its work is done."""

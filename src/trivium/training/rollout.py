@@ -21,6 +21,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.losses.logprobs import token_logprobs
 from trivium.models.generate import Generated, generate
 from trivium.models.heads import ScalarModel
+from trivium.models.lora import adapters_off
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
@@ -224,6 +225,12 @@ def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: 
             for part in chunks(tokens, rows)
         ]
     return torch.cat(parts)
+
+
+def reference_logprobs(reference: Transformer, tokens: TokenBatch, *, temperature: float = 1.0) -> Tensor:
+    """Return `completion_logprobs` of the frozen reference; an adapted policy, its adapters off, is its own."""
+    with adapters_off(reference):
+        return completion_logprobs(reference, tokens, temperature=temperature)
 
 
 def token_values(model: ScalarModel, tokens: TokenBatch) -> Tensor:

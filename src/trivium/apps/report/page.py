@@ -53,8 +53,8 @@ def gather(workspace: Path) -> Report:
     Raises UserError when there is no such workspace.
     """
     sources = Sources(workspace)
-    tables = (*stage_tables(sources), rewards_table(sources), tasks_table(sources), wins_table(sources))
-    tables += (costs_table(sources),)
+    models = (rewards_table(sources), tasks_table(sources), wins_table(sources), costs_table(sources))
+    tables = (*stage_tables(sources), *models)
     return Report(
         name=sources.name,
         judges=sources.judges(),
