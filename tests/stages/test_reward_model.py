@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import shutil
 import types
@@ -27,7 +28,7 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages import reward_model
-from trivium.training.judgements import cut_prompt, load_judgements, resampled
+from trivium.training.judgements import cut_prompt, load_judgements, part_of, resampled
 from trivium.training.loop import FitConfig
 from trivium.training.optim import OptimConfig
 
@@ -368,6 +369,21 @@ def test_a_prompt_that_is_too_long_is_cut_at_its_beginning(make: Make, tmp_path,
         assert after.prompt_ids[0] == before.prompt_ids[0]
         tail = len(after.prompt_ids) - 1
         assert list(after.prompt_ids[1:]) == list(before.prompt_ids[-tail:])
+
+
+def test_a_part_of_the_rankings_lies_within_every_larger_part(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """Curves over the number of rankings then differ by what was added; 0 or more than there are is all of them."""
+    run = make("parts")
+    train = sides(run, tiny_tokenizer).train
+    parts = [part_of(train, num, 4) for num in (5, 12, 29)]
+    assert [len(part) for part in parts] == [5, 12, 29]
+    names = [[g.prompt_id for g in part] for part in (*parts, train)]
+    for smaller, larger in itertools.pairwise(names):
+        assert [name for name in larger if name in smaller] == smaller
+    assert part_of(train, 0, 4) == part_of(train, 99, 4) == train
+    assert part_of(train, 5, 5) != parts[0]
+    reward_model.run(dataclasses.replace(CONFIG, max_rankings=5, fit=dataclasses.replace(CONFIG.fit, steps=2)), run)
+    assert run.finish("done").summary["data"]["num_rankings"] == 5
 
 
 def test_members_differ_by_the_weights_and_order_drawn_for_them(make: Make, tiny_tokenizer: Tokenizer) -> None:

@@ -36,7 +36,7 @@ from trivium.records import AnnotatorKind, to_dict
 from trivium.rewards.learned import LearnedReward, combine
 from trivium.runs.manifest import Run
 from trivium.training.distributed import data_ranks, device_of, weight_dtype
-from trivium.training.judgements import Judgements, data_facts, load_judgements, resampled
+from trivium.training.judgements import Judgements, data_facts, load_judgements, part_of, resampled
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 
@@ -67,6 +67,8 @@ class Config:
     """Finished members, whose scores are averaged with this one's; they need the same rankings, split and seed."""
     pessimism: float = 0.0
     """Standard deviations between the ensemble's members that are taken off their mean; 0 means the mean."""
+    max_rankings: int = 0
+    """Train on at most this many rankings, a random part that a larger number holds too; 0 means all."""
     heldout_frac: float = 0.2
     """Fraction of the prompts kept for the held-out accuracy."""
     context: int = 512
@@ -82,7 +84,7 @@ class Config:
         """Refuse an unknown loss, and a weight or margin that means nothing."""
         one_of(self, loss=("bradley_terry", "plackett_luce"), ties=("drop", "equal"))
         bounds(self, heldout_frac=(0.01, 0.9), context=(8, None), margin=(0.0, None), center=(0.0, None))
-        bounds(self, member=(0, None), pessimism=(0.0, None))
+        bounds(self, member=(0, None), max_rankings=(0, None), pessimism=(0.0, None))
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight >= 0):
                 raise ConfigError(f"weights.{name} = {weight} is out of range; it must be a number from 0 up")
@@ -131,7 +133,8 @@ def run(config: Config, run: Run) -> None:
     backbone = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     model = adapt(model, config.lora, seed=run.seed)
-    train, heldout = resampled(judgements.train, run.seed, config.member), judgements.heldout
+    chosen = part_of(judgements.train, config.max_rankings, run.seed)
+    train, heldout = resampled(chosen, run.seed, config.member), judgements.heldout
     loader = RowLoader(len(train), config.fit.batch_size, run.seed + 1009 * config.member)
     rank, size = data_ranks()
 

@@ -120,6 +120,14 @@ def cut_prompt(group: PreferenceGroup, context: int) -> PreferenceGroup:
     return dataclasses.replace(group, prompt_ids=[group.prompt_ids[0], *group.prompt_ids[-(room - 1) :]])
 
 
+def part_of(groups: Sequence[PreferenceGroup], num: int, seed: int) -> tuple[PreferenceGroup, ...]:
+    """Return `num` of the groups, or all for 0: a random part in the order given, each part within every larger one."""
+    if not num or num >= len(groups):
+        return tuple(groups)
+    order = np.random.default_rng([seed, 0x9A]).permutation(len(groups))
+    return tuple(groups[index] for index in sorted(order[:num].tolist()))
+
+
 def resampled(groups: Sequence[PreferenceGroup], seed: int, member: int) -> tuple[PreferenceGroup, ...]:
     """Return the groups as they are for member 0; for others each prompt's weights times a draw of the member's own.
 
