@@ -59,8 +59,9 @@ class PreferenceBatch:
     `pairs`: int64 [P, 2], rows (chosen, rejected). `weights`: float [P]; the C(K,2) pairs of a ranking share weight 1
     (InstructGPT section 3.5), so a ranking counts once however many it placed. `ranks`: int64 [N], 0 = best in the
     row's group, equal = tie. `groups`: int64 [N], which prompt. `ref_logprobs`: float [N] or None, the reference's
-    summed log-probability of each completion. `baseline`: float scalar or None, KTO's reference point (losses/kto.py),
-    of the whole batch that this may be a part of.
+    summed log-probability of each completion. `ranking_weights`: float [G] or None, what each group counts for (1).
+    `baseline`: float scalar or None, KTO's reference point (losses/kto.py), of the whole batch that this may be
+    a part of.
     """
 
     tokens: TokenBatch
@@ -70,6 +71,7 @@ class PreferenceBatch:
     ranks: Tensor
     groups: Tensor
     ref_logprobs: Tensor | None = None
+    ranking_weights: Tensor | None = None
     baseline: Tensor | None = None
 
     @property

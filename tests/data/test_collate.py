@@ -68,6 +68,29 @@ def test_reference_logprobs_follow_their_rows_and_only_ties_give_no_pairs():
         collate_preferences([PreferenceGroup(prompt_ids=[1], completion_ids=[[2]], ranks=[0, 1])], pad_id=0)
 
 
+def test_a_tie_is_half_a_win_each_way_where_ties_are_asked_for():
+    """Ranks 0, 1, 1: three pairs share weight 1, so each strict one is a third and the tie two of a sixth."""
+    groups = [
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[2], [3], [4]], ranks=[0, 1, 1]),
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[5], [6]], ranks=[0, 0]),
+    ]
+    batch = collate_preferences(groups, pad_id=0, ties=True)
+    assert batch.pairs.tolist() == [[0, 1], [0, 2], [1, 2], [2, 1], [3, 4], [4, 3]]
+    assert batch.weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 6, 1 / 6, 1 / 2, 1 / 2])
+    assert float(batch.num_items) == pytest.approx(2)
+
+
+def test_a_ranking_counts_for_its_weight():
+    groups = [
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[2], [3], [4]], ranks=[0, 1, 1], weight=3.0),
+        PreferenceGroup(prompt_ids=[1], completion_ids=[[5], [6]], ranks=[0, 1]),
+    ]
+    batch = collate_preferences(groups, pad_id=0)
+    assert batch.weights.tolist() == [1.5, 1.5, 1.0]
+    assert batch.ranking_weights.tolist() == [3, 1]
+    assert batch.num_items == 4
+
+
 def ranked(prompt: list[int], *completions: list[int], ranks: list[int] | None = None) -> PreferenceGroup:
     order = list(range(len(completions))) if ranks is None else ranks
     return PreferenceGroup(prompt_ids=prompt, completion_ids=completions, ranks=order, ref_logprobs=[0.0] * len(order))

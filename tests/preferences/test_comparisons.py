@@ -73,3 +73,9 @@ def test_small_and_impossible_splits():
     assert heldout_prompts(["a", "b"], 0.0, 0) == frozenset()
     with pytest.raises(ValueError, match="fraction"):
         heldout_prompts(["a"], 1.0, 0)
+
+
+def test_a_single_tie_is_a_group_only_where_ties_are_asked_for():
+    rankings = [make("ab"), make("a", "b"), make("a"), make("ab", none_acceptable=True), make(none_acceptable=True)]
+    assert [g.ranks for g in ranked_groups(rankings)] == [(0, 1)]
+    assert [g.ranks for g in ranked_groups(rankings, ties=True)] == [(0, 0), (0, 1)]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.records import Completion, Conversation, Message
 from trivium.rewards import learned
-from trivium.rewards.learned import LearnedReward, bucket
+from trivium.rewards.learned import LearnedReward, bucket, combine
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,43 @@ def test_buckets_hold_every_row_once_within_the_budget():
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40 for batch in batches)
     assert list(bucket([], 40)) == []
+
+
+def test_the_probability_of_a_win_is_that_of_the_raw_lead_at_the_fitted_temperature(model, tokenizer, tmp_path):
+    """Scores 2 and 0 at spread 3 are 6 nats apart: at a temperature of 4 that is sigmoid(1.5); swapped, the rest."""
+    reward = LearnedReward(model, std=3.0, temperature=4.0)
+    assert reward.win_probability(2.0, 0.0) == pytest.approx(0.817574, abs=1e-6)
+    assert reward.win_probability(0.0, 2.0) == pytest.approx(1 - 0.817574, abs=1e-6)
+    assert reward.win_probability(1.0, 1.0) == 0.5
+    save_model(tmp_path, model, extra={"reward_std": 3.0, "temperature": 4.0})
+    assert LearnedReward.from_folder(tmp_path).win_probability(2.0, 0.0) == reward.win_probability(2.0, 0.0)
+    with pytest.raises(ValueError, match="temperature"):
+        LearnedReward(model, temperature=0.0)
+
+
+def test_an_ensemble_scores_the_mean_less_what_its_members_disagree_by(model, tokenizer, tmp_path):
+    """Members' calibrated scores by hand; saved beside the model they are found again; one member has no spread."""
+    others = [LearnedReward(ScalarModel.from_transformer(Transformer(model.config).init_weights(9), seed=s), 0.1 * s)
+              for s in (5, 6)]  # fmt: skip
+    texts = rows(3)
+    table = np.array([each.score_ids(texts) for each in (LearnedReward(model, 0.5, 2.0), *others)])
+    mean, spread = table.mean(0), table.std(0, ddof=1)
+    ensemble = LearnedReward(model, 0.5, 2.0, members=others, pessimism=0.75)
+    assert ensemble.score_ids(texts) == pytest.approx(mean - 0.75 * spread, abs=1e-6)
+    found = ensemble.mean_and_spread(texts)
+    assert found[0] == pytest.approx(mean, abs=1e-6) and found[1] == pytest.approx(spread, abs=1e-6)
+    assert spread.min() > 0
+    for number, other in enumerate(others):
+        save_model(tmp_path / f"ensemble-{number}", other.model, extra={"reward_mean": other.mean})
+    facts = {"reward_mean": 0.5, "reward_std": 2.0, "ensemble": 2, "pessimism": 0.75}
+    save_model(tmp_path, model, extra=facts)
+    assert LearnedReward.from_folder(tmp_path).score_ids(texts) == ensemble.score_ids(texts)
+    alone = LearnedReward(model, 0.5, 2.0, pessimism=0.75)
+    assert alone.mean_and_spread(texts) == (alone.score_ids(texts), [0.0] * len(texts))
+
+
+def test_the_deviation_is_the_samples_own():
+    """Scores 1 and 3: mean 2, deviation sqrt(2)."""
+    table = torch.tensor([[1.0], [3.0]])
+    assert combine(table, 0.0).item() == 2
+    assert combine(table, 1.0).item() == pytest.approx(2 - 2**0.5)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+import shutil
+import types
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +18,8 @@ from trivium.config import ConfigError, UserError
 from trivium.data.chat import render_prompt
 from trivium.data.collate import PreferenceGroup, collate_preferences
 from trivium.data.tokenizer import Tokenizer
+from trivium.evals.calibration import calibration_error, fit_temperature
+from trivium.evals.ranked_pairs import scored_pairs
 from trivium.models.heads import ScalarModel
 from trivium.models.hf import load_model, load_scalar_model, read_extra
 from trivium.preferences.store import Store
@@ -22,7 +28,7 @@ from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages import reward_model
-from trivium.training.judgements import load_judgements
+from trivium.training.judgements import cut_prompt, load_judgements, part_of, resampled
 from trivium.training.loop import FitConfig
 from trivium.training.optim import OptimConfig
 
@@ -219,11 +225,249 @@ def test_cut_off_and_resumed_is_uninterrupted(make: Make, monkeypatch: pytest.Mo
     assert (ends[0].summary, ends[0].results) == (ends[1].summary, ends[1].results)
 
 
+def groups_of(ranks: list[list[int]]) -> list[PreferenceGroup]:
+    """Return groups of random rows whose prompts and completions differ in length."""
+    rng = random.Random(3)
+    row = lambda low, high: [rng.randrange(8, 390) for _ in range(rng.randint(low, high))]  # noqa: E731
+    return [
+        PreferenceGroup(prompt_ids=[1, *row(2, 9)], completion_ids=[[*row(1, 12), 7] for _ in order], ranks=order)
+        for order in ranks
+    ]
+
+
+@pytest.mark.parametrize(("margin", "center"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.7, 0.01)])
+def test_same_loss_and_gradient_as_trls_reward_trainer(
+    folders: Folders, tiny_tokenizer: Tokenizer, margin: float, center: float
+) -> None:
+    """TRL's own compute_loss on transformers' model of the same weights, in fp32: to 1e-6, and 1e-5 of a gradient."""
+    reward_trainer = pytest.importorskip("trl.trainer.reward_trainer")
+    from transformers import AutoModelForSequenceClassification
+
+    groups = groups_of([[0, 1]] * 4 + [[1, 0]] * 2)
+    ours = load_scalar_model(folders.reward)
+    batch = collate_preferences(groups, tiny_tokenizer.pad_id)
+    output = reward_model.objective(ours, "bradley_terry", batch, margin=margin, center=center)
+    loss = output.total / batch.num_items
+    loss.backward()
+    theirs = AutoModelForSequenceClassification.from_pretrained(folders.reward, attn_implementation="eager")
+    rows = [[[*g.prompt_ids, *g.completion_ids[g.ranks.index(rank)]] for rank in (0, 1)] for g in groups]
+    collator = reward_trainer.DataCollatorForPreference(pad_token_id=tiny_tokenizer.pad_id)
+    examples = [{"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin} for chosen, rejected in rows]
+    inputs = collator(examples)
+    same = lambda value: value  # noqa: E731
+    holder = types.SimpleNamespace(
+        model=theirs.train(),
+        args=types.SimpleNamespace(center_rewards_coefficient=center or None),
+        accelerator=types.SimpleNamespace(gather=same, gather_for_metrics=same),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    if not margin:
+        del inputs["margin"]
+    reference = reward_trainer.RewardTrainer.compute_loss(holder, theirs, inputs)
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-6)
+    assert (output.metrics["accuracy"] / batch.num_items).item() == holder._metrics["train"]["accuracy"][0]
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        gap = (parameter.grad - expected[name]).abs().max()
+        assert gap <= 1e-5 * expected[name].abs().max(), (name, gap)
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
+def test_a_ranking_of_weight_three_is_three_of_it_and_twice_all_weights_is_the_same(
+    folders: Folders, tiny_tokenizer: Tokenizer, loss: str
+) -> None:
+    """Weighing is repeating: the mean loss and its gradient are those of the ranking written down three times."""
+    first, second = groups_of([[0, 1, 2], [1, 0, 1]])
+    found = []
+    for groups in (
+        [dataclasses.replace(first, weight=3.0), second],
+        [first, second, first, first],
+        [dataclasses.replace(g, weight=w * 2.0) for g, w in ((first, 3), (second, 1))],
+    ):
+        model = load_scalar_model(folders.reward)
+        batch = collate_preferences(groups, tiny_tokenizer.pad_id)
+        mean = reward_model.objective(model, loss, batch).total / batch.num_items
+        mean.backward()
+        found.append((mean.item(), model.score.weight.grad))
+    for mean, gradient in found[1:]:
+        assert mean == pytest.approx(found[0][0], abs=1e-6)
+        assert torch.allclose(gradient, found[0][1], atol=1e-6)
+
+
+def test_a_margin_grows_with_the_places_between_and_a_tie_asks_for_none(
+    folders: Folders, tiny_tokenizer: Tokenizer
+) -> None:
+    """Ranks 0, 1, 1, 3 are places 0, 1, 1, 2: leads of 1, 1, 2, 1, 1 margins, by hand from the scores."""
+    model = load_scalar_model(folders.reward)
+    (group,) = groups_of([[0, 1, 1, 3]])
+    a, b, c, d = LearnedReward(load_scalar_model(folders.reward)).score_ids(
+        [[*group.prompt_ids, *ids] for ids in group.completion_ids]
+    )
+    asked = [a - b - 0.5, a - c - 0.5, a - d - 1.0, b - d - 0.5, c - d - 0.5]
+    soft = [torch.nn.functional.softplus(-torch.tensor(lead)).item() for lead in asked]
+    batch = collate_preferences([group], tiny_tokenizer.pad_id)
+    total = reward_model.objective(model, "bradley_terry", batch, margin=0.5).total.item()
+    assert total == pytest.approx(sum(soft) / 5, abs=1e-5)
+    even = [torch.nn.functional.softplus(torch.tensor(sign * (b - c))).item() / 2 for sign in (1, -1)]
+    batch = collate_preferences([group], tiny_tokenizer.pad_id, ties=True)
+    total = reward_model.objective(model, "bradley_terry", batch, margin=0.5).total.item()
+    assert total == pytest.approx((sum(soft) + sum(even)) / 6, abs=1e-5)
+
+
+def test_ties_pull_scores_together_and_are_trained_on_only_where_asked(
+    make: Make, tmp_path, tiny_tokenizer: Tokenizer
+) -> None:
+    """A second collection of single ties: left out and counted by default, half a win each way with `equal`."""
+    with Store(tmp_path / "preferences.db") as store:
+        tied = [(prompt, completions, [0, 0, 1, 1]) for prompt, completions, _ in judged(tiny_tokenizer, prompts=8)]
+        one = [(prompt, completions, [0] * 4) for prompt, completions, _ in judged(tiny_tokenizer, prompts=16)[8:]]
+        rank_into(store, "ties", tied + one)
+        load = partial(load_judgements, store, "ties", tiny_tokenizer, kinds=(), heldout_frac=0.25, context=512, seed=0)
+        plain, equal = load(), load(ties=True)
+    assert plain.heldout == equal.heldout
+    assert len(plain.train) < len(equal.train)
+    assert plain.dropped - equal.dropped == len(equal.train) - len(plain.train)
+    assert {tuple(g.ranks) for g in equal.train} == {(0, 0, 1, 1), (0, 0, 0, 0)}
+
+
+def test_weights_go_by_annotator_to_the_training_side_alone(make: Make, tmp_path, tiny_tokenizer: Tokenizer) -> None:
+    """Zero leaves rankings out of training; a name nobody has is refused with those there are."""
+    with Store(tmp_path / "preferences.db") as store:
+        annotator = store.rankings(COLLECTION)[0].annotator
+        load = partial(
+            load_judgements, store, COLLECTION, tiny_tokenizer, kinds=(), heldout_frac=0.25, context=512, seed=0
+        )
+        plain, double = load(), load(weights={annotator: 2.0})
+        assert {g.weight for g in plain.train} == {g.weight for g in double.heldout} == {1.0}
+        assert {g.weight for g in double.train} == {2.0}
+        with pytest.raises(UserError, match=f"'nobody', who ranked nothing in .*{annotator}"):
+            load(weights={"nobody": 1.0})
+        with pytest.raises(UserError, match="none for the training side"):
+            load(weights={annotator: 0.0})
+
+
+def test_a_prompt_that_is_too_long_is_cut_at_its_beginning(make: Make, tmp_path, tiny_tokenizer: Tokenizer) -> None:
+    """Every group fits, the first token and the prompt's end stay, the completions are whole, and it is counted."""
+    worked = PreferenceGroup(prompt_ids=[1, 2, 3, 4, 5], completion_ids=[[6, 7], [8, 9, 10]], ranks=[0, 1])
+    assert cut_prompt(worked, 6).prompt_ids == [1, 4, 5]
+    assert cut_prompt(worked, 8) == worked
+    assert cut_prompt(worked, 4) == worked  # one token of prompt would be no prompt: the caller drops the group
+    run = make("cut")
+    whole = sides(run, tiny_tokenizer)
+    limit = max(len(g.prompt_ids) + max(map(len, g.completion_ids)) for g in whole.train) - 6
+    with Store(run.workspace / "preferences.db") as store:
+        load = partial(load_judgements, store, COLLECTION, tiny_tokenizer, kinds=(), heldout_frac=0.25, seed=run.seed)
+        found = load(context=limit, cut=True)
+    assert (len(found.train), len(found.heldout), found.dropped) == (30, 10, 0)
+    pairs = list(zip([*whole.train, *whole.heldout], [*found.train, *found.heldout], strict=True))
+    assert found.cut == sum(before != after for before, after in pairs) > 0
+    for before, after in pairs:
+        assert before.completion_ids == after.completion_ids and before.prompt_id == after.prompt_id
+        assert after.prompt_ids[0] == before.prompt_ids[0]
+        tail = len(after.prompt_ids) - 1
+        assert list(after.prompt_ids[1:]) == list(before.prompt_ids[-tail:])
+
+
+def test_a_part_of_the_rankings_lies_within_every_larger_part(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """Curves over the number of rankings then differ by what was added; 0 or more than there are is all of them."""
+    run = make("parts")
+    train = sides(run, tiny_tokenizer).train
+    parts = [part_of(train, num, 4) for num in (5, 12, 29)]
+    assert [len(part) for part in parts] == [5, 12, 29]
+    names = [[g.prompt_id for g in part] for part in (*parts, train)]
+    for smaller, larger in itertools.pairwise(names):
+        assert [name for name in larger if name in smaller] == smaller
+    assert part_of(train, 0, 4) == part_of(train, 99, 4) == train
+    assert part_of(train, 5, 5) != parts[0]
+    reward_model.run(dataclasses.replace(CONFIG, max_rankings=5, fit=dataclasses.replace(CONFIG.fit, steps=2)), run)
+    assert run.finish("done").summary["data"]["num_rankings"] == 5
+
+
+def test_members_differ_by_the_weights_and_order_drawn_for_them(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """Member 0 is the data itself; others weigh prompts by draws of mean 1, one a prompt, the same each time."""
+    train = sides(make("draws"), tiny_tokenizer).train
+    train = (*train, dataclasses.replace(train[0], ranks=[3, 2, 1, 0], weight=2.0))
+    assert resampled(train, 0, 0) == train
+    first, again, second = resampled(train, 0, 1), resampled(train, 0, 1), resampled(train, 0, 2)
+    assert first == again != second
+    assert first[-1].weight == 2 * first[0].weight
+    assert len({g.weight for g in first}) == len(train)
+    many = [dataclasses.replace(train[0], prompt_id=str(n)) for n in range(4000)]
+    # Exponential draws of mean 1 have deviation 1: a standard error of 0.016.
+    assert sum(g.weight for g in resampled(many, 3, 1)) / 4000 == pytest.approx(1, abs=0.06)
+
+
+def test_an_ensemble_is_measured_saved_whole_and_scored_as_one(
+    make: Make, stage_run: Make, folders: Folders, tiny_tokenizer: Tokenizer
+) -> None:
+    """The last table joins finished members; what is saved scores their mean, and its folder may move."""
+    fit = dataclasses.replace(CONFIG.fit, steps=6)
+    member = make("one")
+    reward_model.run(dataclasses.replace(CONFIG, fit=fit, member=1), member)
+    parents = {"init": folders.policy, "comparisons": COLLECTION, "ensemble.0": member.manifest.run_id}
+    run = stage_run("all", parents, table="reward_model")
+    reward_model.run(dataclasses.replace(CONFIG, fit=fit, ensemble=("one@latest",), pessimism=0.5), run)
+    summary = run.finish("done").summary
+    moved = run.workspace / "elsewhere"
+    shutil.copytree(run.dir / "model", moved)
+    shutil.rmtree(member.dir)
+    joint = LearnedReward.from_folder(moved)
+    assert (len(joint.members), joint.pessimism) == (1, 0.5)
+    heldout = sides(run, tiny_tokenizer).heldout
+    rows = [[*g.prompt_ids, *c] for g in heldout for c in g.completion_ids]
+    mean, spread = (torch.tensor(x) for x in joint.mean_and_spread(rows))
+    assert torch.allclose(torch.tensor(joint.score_ids(rows)), mean - 0.5 * spread, atol=1e-6)
+    pairs = scored_pairs(heldout, joint.score_ids(rows))
+    accuracy = next(r.value for r in run.finish("done").results if r.task == "pairwise_accuracy@1")
+    assert accuracy == (pairs.leads > 0).mean()
+    assert summary["disagreement"]["members"] == 2 and summary["disagreement"]["mean_spread"] > 0
+    assert joint.temperature == pytest.approx(fit_temperature(pairs.leads * joint.std), rel=1e-3)
+
+
+def test_the_manifest_says_how_sure_how_long_and_what_length_alone_gives(make: Make, tiny_tokenizer: Tokenizer) -> None:
+    """Every figure is that of the saved model on the held-out side, and the temperature is in its config (row 33)."""
+    run = make("measured")
+    reward_model.run(CONFIG, run)
+    manifest = run.finish("done")
+    figures = {(r.task, r.metric): r for r in manifest.results}
+    assert {task for task, _ in figures} == {
+        "pairwise_accuracy@1", "length_matched_accuracy@1", "length_only_accuracy@1", "gain_over_length_only@1",
+        "reward_length_correlation@1", "calibration@1",
+    }  # fmt: skip
+    assert [r for r in manifest.results if not r.low <= r.value <= r.high + 1e-9] == []
+    reward = LearnedReward.from_folder(run.dir / "model")
+    found = sides(run, tiny_tokenizer)
+    raw = [
+        reward.std * x for x in reward.score_ids([[*g.prompt_ids, *c] for g in found.heldout for c in g.completion_ids])
+    ]
+    pairs = scored_pairs(found.heldout, raw)
+    assert figures["pairwise_accuracy@1", "accuracy"].value == (pairs.leads > 0).mean()
+    assert figures["calibration@1", "ece_before"].value == pytest.approx(
+        calibration_error(pairs.leads, pairs.prompts.tolist()).value, abs=1e-3
+    )
+    assert (
+        reward.temperature == manifest.summary["temperature"] == pytest.approx(fit_temperature(pairs.leads), rel=1e-3)
+    )
+    assert manifest.summary["length_rule"] in ("longer", "shorter")
+    assert sum(figure["n"] for figure in manifest.summary["by_length"].values()) == len(pairs) == 60
+
+
 def test_foreseeable_mistakes_are_one_sentence(make: Make) -> None:
-    """No rankings of the wanted kind, nothing within the context, an unknown loss."""
+    """No rankings of the wanted kind, nothing within the context, an unknown loss, a weight or margin of no meaning."""
     with pytest.raises(UserError, match=r"no rankings \(human\)"):
         reward_model.run(dataclasses.replace(CONFIG, kinds=("human",)), make("human"))
     with pytest.raises(UserError, match="context = 9"):
         reward_model.run(dataclasses.replace(CONFIG, context=9), make("short"))
     with pytest.raises(ConfigError, match="bradley_terry"):
         reward_model.Config(loss="bradley")
+    with pytest.raises(ConfigError, match="drop"):
+        reward_model.Config(ties="half")
+    with pytest.raises(ConfigError, match=r"weights.ann = -1"):
+        reward_model.Config(weights={"ann": -1.0})
+    with pytest.raises(ConfigError, match="margin"):
+        reward_model.Config(loss="plackett_luce", margin=0.5)
+    with pytest.raises(ConfigError, match="ensemble"):
+        reward_model.Config(pessimism=1.0)

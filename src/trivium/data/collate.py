@@ -59,21 +59,26 @@ class PreferenceGroup:
     """One prompt and its judged completions (ids as sampled, the end of turn included).
 
     `ranks[k]` places completion k, smaller is better and equal is a tie; any integers will do. `ref_logprobs[k]` is the
-    reference's summed log-probability of completion k in nats, where known.
+    reference's summed log-probability of completion k in nats, where known. `weight` is what the ranking counts for,
+    `prompt_id` the prompt's identity even where `prompt_ids` were cut.
     """
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[Sequence[int]]
     ranks: Sequence[int]
     ref_logprobs: Sequence[float] | None = None
+    weight: float = 1.0
+    prompt_id: str = ""
 
 
-def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int) -> PreferenceBatch:
+def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties: bool = False) -> PreferenceBatch:
     """Return the batch of all completions, each row once, with every strict pair among those of a prompt.
 
-    The pairs of a ranking share weight 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2 and no pair for
-    the tie. A prompt whose completions all tie has rows but no pairs. Reference log-probabilities are given for all
-    groups or taken as absent. Raises ValueError when a group's lists differ in length.
+    The pairs of a ranking share its weight, by default 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2
+    and no pair for the tie. A prompt whose completions all tie has rows but no pairs. With `ties` a tied pair is there
+    as half a win each way: the same ranks give three pairs of 1/3, the tied one as two of 1/6. Reference
+    log-probabilities are given for all groups or taken as absent. Raises ValueError when a group's lists differ in
+    length.
     """
     rows: list[Row] = []
     ranks: list[int] = []
@@ -91,8 +96,10 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int) -> Prefe
             ranks.append(order[rank])
             owners.append(owner)
         strict = [(a, b) for a, b in itertools.permutations(range(first, len(rows)), 2) if ranks[a] < ranks[b]]
-        pairs += strict
-        weights += [1.0 / max(len(strict), 1)] * len(strict)
+        tied = [(a, b) for a, b in itertools.permutations(range(first, len(rows)), 2) if ties and ranks[a] == ranks[b]]
+        share = group.weight / max(len(strict) + len(tied) / 2, 1)
+        pairs += strict + tied
+        weights += [share] * len(strict) + [share / 2] * len(tied)
     known = all(group.ref_logprobs is not None for group in groups)
     reference = [value for group in groups for value in group.ref_logprobs or ()] if known else None
     return PreferenceBatch(
@@ -103,6 +110,7 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int) -> Prefe
         ranks=torch.tensor(ranks),
         groups=torch.tensor(owners),
         ref_logprobs=None if reference is None else torch.tensor(reference, dtype=torch.float32),
+        ranking_weights=torch.tensor([group.weight for group in groups], dtype=torch.float32),
     )
 
 

@@ -15,7 +15,7 @@ RESAMPLES = 2000
 """Bootstrap resamples: the ends of an interval are then good to about 0.002 of a share."""
 
 
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a share; (0, 1) when nothing was counted.
 
     `successes` may be fractional (a tie as half). Unlike the normal interval it never leaves [0, 1] and is honest at

@@ -19,6 +19,15 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0
     return softplus(margin - (chosen.float() - rejected.float()))
 
 
+def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return `(chosen + rejected)^2` of each pair, fp32 [P]: a price on scores that drift away from zero together.
+
+    A ranking loss knows leads only, so nothing else holds the scores in place (Eisenstein et al. 2023, arXiv
+    2312.09244, section 2). Worked: scores 2 and 1 cost 9, scores 1/2 and -1/2 nothing.
+    """
+    return (chosen.float() + rejected.float()).square()
+
+
 def plackett_luce(scores: Tensor, ranks: Tensor, groups: Tensor) -> Tensor:
     """Return the negative log-likelihood of each group's ranking, fp32 [G], in the order of sorted group ids.
 

@@ -54,14 +54,17 @@ class RankedGroup:
         return sum(a != b for a, b in itertools.combinations(self.ranks, 2))
 
 
-def ranked_groups(rankings: Iterable[Ranking]) -> list[RankedGroup]:
+def ranked_groups(rankings: Iterable[Ranking], *, ties: bool = False) -> list[RankedGroup]:
     """Return one group per ranking that decides at least one pair, in the order given.
 
+    With `ties` also those that are one single tie, which says that all are equally good (unless none was acceptable:
+    then nobody compared them).
     All pairs of a ranking stay together: shuffled apart, they overfit within one epoch (InstructGPT 3.5).
     """
     groups = []
     for ranking in rankings:
-        if len(ranking.groups) < 2:
+        tie = ties and not ranking.none_acceptable and len(ranking.groups) == 1 and len(ranking.groups[0]) > 1
+        if len(ranking.groups) < 2 and not tie:
             continue
         # A tie stays in the order it was given in: sorted by id, sums would round by the name of the policy's run.
         placed = [(name, rank) for rank, group in enumerate(ranking.groups) for name in group]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trivium.config import UserError
 from trivium.data.chat import render_prompt
@@ -32,13 +33,17 @@ class LearnedReward:
         std: float = 1.0,
         pad_id: int = 0,
         tokenizer: Tokenizer | None = None,
+        temperature: float = 1.0,
+        members: Sequence[LearnedReward] = (),
+        pessimism: float = 0.0,
     ) -> None:
-        """Freeze the model; raises ValueError for a `std` that is not positive."""
-        if not std > 0:
-            raise ValueError(f"std {std} is not positive")
+        """Freeze the model; raises ValueError for a `std` or `temperature` that is not positive."""
+        if not (std > 0 and temperature > 0):
+            raise ValueError(f"std {std} or temperature {temperature} is not positive")
         self.model = model.eval().requires_grad_(False)
         self.mean, self.std, self.pad_id = mean, std, pad_id
-        self.tokenizer = tokenizer
+        self.tokenizer, self.temperature = tokenizer, temperature
+        self.members, self.pessimism = tuple(members), pessimism
 
     @classmethod
     def from_folder(
@@ -54,14 +59,45 @@ class LearnedReward:
             pad_id = tokenizer.pad_id if tokenizer else 0
         model = load_scalar_model(folder, device=device)
         mean, std = float(extra.get("reward_mean", 0.0)), float(extra.get("reward_std", 1.0))
-        return cls(model, mean, std, pad_id, tokenizer)
+        others = [
+            cls.from_folder(Path(folder) / f"ensemble-{number}", pad_id=pad_id, device=device)
+            for number in range(int(extra.get("ensemble", 0)))
+        ]
+        heat, pessimism = float(extra.get("temperature", 1.0)), float(extra.get("pessimism", 0.0))
+        return cls(model, mean, std, pad_id, tokenizer, heat, others, pessimism)
 
-    @torch.no_grad()
+    def win_probability(self, first: float, second: float) -> float:
+        """Return how probably an annotator prefers the response of score `first` to that of `second`, same prompt.
+
+        `sigmoid(raw lead / temperature)`, with the temperature that was fitted on held-out judgements (1 for a model
+        from elsewhere).
+        """
+        lead = (first - second) * self.std / self.temperature
+        return float(torch.sigmoid(torch.tensor(lead, dtype=torch.float64)))
+
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Return the calibrated score of each row of ids (prompt and completion), in the rows' order.
 
-        Raises UserError for a row that is empty or longer than the model's context.
+        Of an ensemble: the members' mean, less `pessimism` times their spread. Raises UserError for a row that is empty
+        or longer than the model's context.
         """
+        if not self.members:
+            return self._own_scores(rows)
+        return [float(score) for score in combine(self._table(rows), self.pessimism)]
+
+    def mean_and_spread(self, rows: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
+        """Return the members' mean score of each row and the standard deviation between them (0 for a single model)."""
+        table = self._table(rows)
+        mean = combine(table, 0.0)
+        return mean.tolist(), (mean - combine(table, 1.0)).tolist()
+
+    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return each member's scores, this model's first, float64 [members, rows]."""
+        scores = [self._own_scores(rows), *(member.score_ids(rows) for member in self.members)]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _own_scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         context = self.model.config.max_position_embeddings
         device = next(self.model.parameters()).device
         for row in rows:
@@ -90,6 +126,17 @@ class LearnedReward:
             ids = completion.token_ids or (*self.tokenizer.encode(completion.text), self.tokenizer.end_id)
             rows.append([*render_prompt(self.tokenizer, prompt), *ids])
         return self.score_ids(rows)
+
+
+def combine(table: Tensor, pessimism: float) -> Tensor:
+    """Return `mean - pessimism * deviation` over the members of scores [members, N]: [N].
+
+    The deviation is the sample's (divided by members - 1), 0 for one member. Where models that learned the same
+    judgements disagree, the score is a guess, and a policy seeks out the guesses that are too high (Coste et al. 2023,
+    arXiv 2310.02743, section 3). Worked: scores 1 and 3 have mean 2 and deviation sqrt(2).
+    """
+    mean = table.mean(0)
+    return mean - pessimism * table.std(0) if len(table) > 1 and pessimism else mean
 
 
 def bucket(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

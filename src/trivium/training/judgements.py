@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trivium.config import UserError
+import numpy as np
+
+from trivium.config import UserError, suggest
 from trivium.data.chat import render_prompt
 from trivium.data.collate import PreferenceGroup
 from trivium.data.tokenizer import Tokenizer
@@ -24,7 +27,9 @@ class Judgements:
     heldout_rankings: tuple[Ranking, ...]
     kinds: tuple[AnnotatorKind, ...]
     dropped: int
-    """Groups left out: no strict preference in them, or longer than the context."""
+    """Groups left out: no strict preference in them, longer than the context, or of weight 0."""
+    cut: int = 0
+    """Groups whose prompt was cut at its beginning to fit into the context."""
 
 
 def load_judgements(
@@ -36,32 +41,45 @@ def load_judgements(
     heldout_frac: float,
     context: int,
     seed: int,
+    ties: bool = False,
+    weights: Mapping[str, float] | None = None,
+    cut: bool = False,
 ) -> Judgements:
     """Return the judgements of a collection as token groups.
 
-    Raises UserError when there is none of the wanted kinds, or when one side of the split is empty.
+    With `ties`, rankings that are one tie are trained on too. `weights`: what an annotator's rankings count for in
+    training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out. Raises
+    UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown annotator.
     """
     rankings = store.rankings(collection, kinds=tuple(kinds) or None)
     if not rankings:
         wanted = " or ".join(kinds) or "any kind"
         raise UserError(f"no rankings ({wanted}) of {collection} in {store.name}; give some with `trivium rank` first")
+    weights = weights or {}
+    check_annotators(weights, {ranking.annotator for ranking in rankings}, collection)
     sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
     prompts = store.prompts({ranking.prompt_id for ranking in rankings})
     completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
     encoded = {identity: render_prompt(tokenizer, prompt) for identity, prompt in prompts.items()}
     tokens = {identity: completion_ids(completion, tokenizer) for identity, completion in completions.items()}
     kept: list[list[PreferenceGroup]] = []
+    num_cut = 0
     for side, name in zip(sides, ("training", "held-out"), strict=True):
+        training = name == "training"
         groups = [
             PreferenceGroup(
                 prompt_ids=encoded[group.prompt_id],
                 completion_ids=[tokens[identity] for identity in group.completion_ids],
                 ranks=list(group.ranks),
                 ref_logprobs=None,
+                weight=weights.get(group.annotator, 1.0) if training else 1.0,
+                prompt_id=group.prompt_id,
             )
-            for group in ranked_groups(side)
+            for group in ranked_groups(side, ties=ties and training)
         ]
-        short = [g for g in groups if len(g.prompt_ids) + max(map(len, g.completion_ids)) <= context]
+        fitting = [cut_prompt(g, context) if cut else g for g in groups if g.weight > 0]
+        num_cut += sum(len(g.prompt_ids) < len(encoded[g.prompt_id]) for g in fitting)
+        short = [g for g in fitting if length_of(g) <= context]
         if not short:
             raise UserError(
                 f"{collection}: {len(rankings)} rankings leave none for the {name} side, without ties and within "
@@ -74,7 +92,54 @@ def load_judgements(
         heldout_rankings=tuple(sides[1]),
         kinds=tuple(sorted({ranking.kind for ranking in rankings})),
         dropped=len(rankings) - len(kept[0]) - len(kept[1]),
+        cut=num_cut,
     )
+
+
+def check_annotators(weights: Mapping[str, float], known: set[str], collection: str) -> None:
+    """Refuse a weight for somebody who ranked nothing; raises UserError with the nearest name that did."""
+    for name in sorted(set(weights) - known):
+        raise UserError(f"weights names {name!r}, who ranked nothing in {collection}{suggest(name, sorted(known))}")
+
+
+def length_of(group: PreferenceGroup) -> int:
+    """Return the tokens of the group's longest row."""
+    return len(group.prompt_ids) + max(map(len, group.completion_ids))
+
+
+def cut_prompt(group: PreferenceGroup, context: int) -> PreferenceGroup:
+    """Return the group with its prompt cut so that the longest row has `context` tokens.
+
+    The first token stays (it begins every text), then comes the prompt's end: what the responses answer. As it was
+    where it fits already, or where no cut would help. Worked: a prompt of 5 with a completion of 3 in a context of 6
+    keeps tokens 0, 3 and 4.
+    """
+    room = context - max(map(len, group.completion_ids))
+    if len(group.prompt_ids) <= room or room < 2:
+        return group
+    return dataclasses.replace(group, prompt_ids=[group.prompt_ids[0], *group.prompt_ids[-(room - 1) :]])
+
+
+def part_of(groups: Sequence[PreferenceGroup], num: int, seed: int) -> tuple[PreferenceGroup, ...]:
+    """Return `num` of the groups, or all for 0: a random part in the order given, each part within every larger one."""
+    if not num or num >= len(groups):
+        return tuple(groups)
+    order = np.random.default_rng([seed, 0x9A]).permutation(len(groups))
+    return tuple(groups[index] for index in sorted(order[:num].tolist()))
+
+
+def resampled(groups: Sequence[PreferenceGroup], seed: int, member: int) -> tuple[PreferenceGroup, ...]:
+    """Return the groups as they are for member 0; for others each prompt's weights times a draw of the member's own.
+
+    The draws are exponential with mean 1, a bootstrap that leaves no prompt out (Rubin 1981, "The Bayesian bootstrap"),
+    and one for all rankings of a prompt, because those are no independent witnesses.
+    """
+    if not member:
+        return tuple(groups)
+    names = list(dict.fromkeys(group.prompt_id for group in groups))
+    draws = np.random.default_rng([seed, 0xE5, member]).exponential(size=len(names))
+    drawn = dict(zip(names, draws.tolist(), strict=True))
+    return tuple(dataclasses.replace(group, weight=group.weight * drawn[group.prompt_id]) for group in groups)
 
 
 def completion_ids(completion: Completion, tokenizer: Tokenizer) -> list[int]:

@@ -22,6 +22,7 @@ from trivium.apps.report.cells import Line, Table, lines, visible
 from trivium.apps.report.charts import Chart, can_draw, drift_chart, reward_model_chart, training_charts, wins_chart
 from trivium.apps.report.lineage import Descent, limits, lineage, stale
 from trivium.apps.report.model_tables import costs_table, tasks_table, wins_table
+from trivium.apps.report.reward_table import rewards_table
 from trivium.apps.report.sources import Sources
 from trivium.apps.report.specimens import Exhibit, exhibits
 from trivium.apps.report.stages_table import stage_tables
@@ -53,7 +54,8 @@ def gather(workspace: Path) -> Report:
     Raises UserError when there is no such workspace.
     """
     sources = Sources(workspace)
-    tables = [*stage_tables(sources), tasks_table(sources), wins_table(sources), costs_table(sources)]
+    models = (rewards_table(sources), tasks_table(sources), wins_table(sources), costs_table(sources))
+    tables = [*stage_tables(sources), *models]
     adapted = adaptation_table(sources)
     if adapted.rows:  # a pipeline that adapts nothing has no use for an empty table
         tables.append(adapted)

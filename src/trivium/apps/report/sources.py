@@ -57,6 +57,8 @@ UNITS = {
     "loss": "nats",
     "nats_gain": "nats",
     "accuracy_gain": "points",
+    "ece_before": "fraction",
+    "ece_after": "fraction",
 }
 PROXY = "the reward model that PPO was trained on (proxy)"
 OPEN_SCALE = ("true_taste", "proxy_reward")
