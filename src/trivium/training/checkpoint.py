@@ -84,6 +84,7 @@ class Checkpointer:
         """The best value of `keep.best` so far."""
         self._written = threading.Event()
         self._written.set()
+        self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._damaged: dict[Path, str] = {}
         self._step = 0
@@ -158,7 +159,8 @@ class Checkpointer:
             self._written.clear()
             target = disk.free_name(self.folder, step)
             # A daemon, so that a second signal does not wait for a slow disk; the *.tmp is removed at the next start.
-            threading.Thread(target=self._write, args=(target, copies, json.dumps(own)), daemon=True).start()
+            self._writer = threading.Thread(target=self._write, args=(target, copies, json.dumps(own)), daemon=True)
+            self._writer.start()
         if score is not None and self.keep.is_better(score, self.best):
             self.best = score
         self.seconds += time.monotonic() - began
@@ -188,6 +190,10 @@ class Checkpointer:
         began = time.monotonic()
         while not self._written.wait(1.0):
             pass  # in short waits, between which Python handles signals
+        if self._writer is not None:
+            # It has said that all is written, and still frees its copies: a process that ended now would abort in that.
+            self._writer.join()
+            self._writer = None
         self.seconds += time.monotonic() - began
         self.check()
 
