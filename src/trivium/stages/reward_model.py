@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
 
@@ -133,26 +133,19 @@ def run(config: Config, run: Run) -> None:
     backbone = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = ScalarModel.from_transformer(backbone, zero_init=True).to(device)
     model = adapt(model, config.lora, seed=run.seed)
-    chosen = part_of(judgements.train, config.max_rankings, run.seed)
-    train, heldout = resampled(chosen, run.seed, config.member), judgements.heldout
+    train = resampled(part_of(judgements.train, config.max_rankings, run.seed), run.seed, config.member)
     loader = RowLoader(len(train), config.fit.batch_size, run.seed + 1009 * config.member)
     rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[PreferenceBatch]:
         rows = loader.rows(step, rank, size)
         width = config.fit.micro_batch_size or len(rows)
-        return [
-            to_device(
-                collate_preferences(
-                    [train[r] for r in rows[i : i + width]], tokenizer.pad_id, ties=config.ties == "equal"
-                ),
-                device,
-            )
-            for i in range(0, len(rows), width)
-        ]
+        parts = ([train[r] for r in rows[i : i + width]] for i in range(0, len(rows), width))
+        ties = config.ties == "equal"
+        return [to_device(collate_preferences(part, tokenizer.pad_id, ties=ties), device) for part in parts]
 
     def evaluate(step: int) -> dict[str, float]:
-        right, pairs = count_right(model, heldout, tokenizer.pad_id)
+        right, pairs = count_right(model, judgements.heldout, tokenizer.pad_id)
         return {"eval/accuracy": right / max(pairs, 1)}
 
     fit(
@@ -166,24 +159,36 @@ def run(config: Config, run: Run) -> None:
         tokens_in=lambda parts: sum(int(part.lengths.sum()) for part in parts),
     )
     with whole(model):
-        if not run.owner:
-            return
-        known, asked = (flat_scores(model, side, tokenizer.pad_id) for side in (train, heldout))
-        mean, std = calibrate(known)
-        table = scores_by_member(heldout, (asked - mean) / std, members)
-        joint = combine(table, config.pessimism) * std if members else asked
-        pairs = scored_pairs(heldout, joint.tolist())
-        measured = measure(scored_pairs(train, known.tolist()), pairs, seed=run.seed)
-        report(run, model, judgements, measured)
-        if members:
-            leads = np.stack([scored_pairs(heldout, scores).leads for scores in table.tolist()])
-            run.note(disagreement=by_disagreement(pairs, leads))
-        run.note(steps=config.fit.steps, data=data_facts(collection, train), reward_mean=mean, reward_std=std)
-        tokenizer.save(run.dir / "model")
-        extra = {"reward_mean": mean, "reward_std": std, "temperature": measured.temperature}
-        if members:
-            extra |= {"ensemble": save_members(run), "pessimism": config.pessimism}
-        save_adapted(run.dir, model, extra=extra, eos_token_id=tokenizer.end_id)
+        if run.owner:
+            run.note(steps=config.fit.steps, data=data_facts(collection, train))
+            finish(config, run, model, replace(judgements, train=train), members, tokenizer)
+
+
+def finish(
+    config: Config,
+    run: Run,
+    model: ScalarModel,
+    judgements: Judgements,
+    members: Sequence[LearnedReward],
+    tokenizer: Tokenizer,
+) -> None:
+    """Set the scale of the scores, measure them on held-out prompts (with the ensemble's, if any), and save it all."""
+    train, heldout = judgements.train, judgements.heldout
+    known, asked = (flat_scores(model, side, tokenizer.pad_id) for side in (train, heldout))
+    mean, std = calibrate(known)
+    table = scores_by_member(heldout, (asked - mean) / std, members)
+    joint = combine(table, config.pessimism) * std if members else asked
+    pairs = scored_pairs(heldout, joint.tolist())
+    measured = measure(scored_pairs(train, known.tolist()), pairs, seed=run.seed)
+    report(run, model, judgements, measured)
+    run.note(reward_mean=mean, reward_std=std)
+    extra = {"reward_mean": mean, "reward_std": std, "temperature": measured.temperature}
+    if members:
+        leads = np.stack([scored_pairs(heldout, scores).leads for scores in table.tolist()])
+        run.note(disagreement=by_disagreement(pairs, leads))
+        extra |= {"ensemble": save_members(run), "pessimism": config.pessimism}
+    tokenizer.save(run.dir / "model")
+    save_adapted(run.dir, model, extra=extra, eos_token_id=tokenizer.end_id)
 
 
 def load_members(run: Run, tokenizer: Tokenizer, device: torch.device) -> list[LearnedReward]:

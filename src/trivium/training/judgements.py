@@ -51,12 +51,8 @@ def load_judgements(
     training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out. Raises
     UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown annotator.
     """
-    rankings = store.rankings(collection, kinds=tuple(kinds) or None)
-    if not rankings:
-        wanted = " or ".join(kinds) or "any kind"
-        raise UserError(f"no rankings ({wanted}) of {collection} in {store.name}; give some with `trivium rank` first")
     weights = weights or {}
-    check_annotators(weights, {ranking.annotator for ranking in rankings}, collection)
+    rankings = rankings_of(store, collection, kinds, weights)
     sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
     prompts = store.prompts({ranking.prompt_id for ranking in rankings})
     completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
@@ -64,8 +60,7 @@ def load_judgements(
     tokens = {identity: completion_ids(completion, tokenizer) for identity, completion in completions.items()}
     kept: list[list[PreferenceGroup]] = []
     num_cut = 0
-    for side, name in zip(sides, ("training", "held-out"), strict=True):
-        training = name == "training"
+    for side, name, training in zip(sides, ("training", "held-out"), (True, False), strict=True):
         groups = [
             PreferenceGroup(
                 prompt_ids=encoded[group.prompt_id],
@@ -96,10 +91,18 @@ def load_judgements(
     )
 
 
-def check_annotators(weights: Mapping[str, float], known: set[str], collection: str) -> None:
-    """Refuse a weight for somebody who ranked nothing; raises UserError with the nearest name that did."""
+def rankings_of(
+    store: Store, collection: str, kinds: Sequence[AnnotatorKind], weights: Mapping[str, float]
+) -> list[Ranking]:
+    """Return a collection's rankings; raises UserError for none, or a weight of somebody who ranked nothing."""
+    rankings = store.rankings(collection, kinds=tuple(kinds) or None)
+    if not rankings:
+        wanted = " or ".join(kinds) or "any kind"
+        raise UserError(f"no rankings ({wanted}) of {collection} in {store.name}; give some with `trivium rank` first")
+    known = {ranking.annotator for ranking in rankings}
     for name in sorted(set(weights) - known):
-        raise UserError(f"weights names {name!r}, who ranked nothing in {collection}{suggest(name, sorted(known))}")
+        raise UserError(f"weights names {name!r}, who ranked nothing in {collection}{suggest(name, known)}")
+    return rankings
 
 
 def length_of(group: PreferenceGroup) -> int:
