@@ -28,6 +28,7 @@ STAGES = (
     "data_prep",
     "train_tokenizer",
     "pretrain",
+    "adapt",
     "sft",
     "collect_comparisons",
     "reward_model",
@@ -90,8 +91,8 @@ Given = Annotated[tuple[str, ...], "given"]
 """The dotted names of the keys that a recipe sets itself; `build` fills it in, so that a dial can leave them alone."""
 
 Dial = Annotated[T, "dial"]
-"""A number that other fields follow from, or a group of fields that is true or false as a whole; at 0, or false, it is
-off, and then no part of a run's identity (`facts`)."""
+"""A field that changes what others mean, or a group of them that is true or false as a whole; at 0, empty or false it
+is off, and then no part of a run's identity (`facts`)."""
 
 InputPath = Annotated[str, "input"]
 """A file or folder of the user's (relative to the recipe), or `"module:attribute"` naming code that yields the data."""
@@ -244,7 +245,7 @@ def facts(config: Any) -> dict[str, Any]:
     data: dict[str, Any] = dataclasses.asdict(config)
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
-        if marks and marks[0] in ("dial", "given") and not getattr(config, name):
+        if {"dial", "given"} & set(marks) and not getattr(config, name):
             del data[name]
     return data
 

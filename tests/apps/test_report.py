@@ -440,7 +440,7 @@ def test_without_matplotlib_the_report_is_whole_but_for_its_drawings(full, monke
 def test_a_workspace_that_is_not_finished_says_what_is_missing(tmp_path, last):
     if last != "nothing":
         fabricate(tmp_path)
-        done = [stage for stage in STAGES if stage != "export"]
+        done = [stage for stage in STAGES if stage not in ("adapt", "export")]
         for table in done[done.index(last) + 1 :]:
             manifest = next((tmp_path / table).glob("*/manifest.json"))
             data = json.loads(manifest.read_text())
@@ -550,3 +550,28 @@ def test_a_cell_without_interval_shows_none():
     assert Cell(value=0.5, unit="fraction", run="x").text == "50.0%"
     assert Cell(value=0.5, low=0.4, high=0.6, n=1200, unit="fraction").text == "50.0% (95%: 40.0 to 60.0; n = 1,200)"
     assert Cost().energy_joules is None
+
+
+def test_adapted_models_stand_side_by_side_gain_beside_forgetting(tmp_path):
+    """One row a table, each figure from its own manifest; what had no general text says that it was not measured."""
+    fabricate(tmp_path)
+    assert "adaptation" not in gather(tmp_path).tables
+    assert "Adaptation" not in write_report(tmp_path).read_text()
+    for table, frac, gain, forgetting in (("adapt", 0.25, 0.41, 0.06), ("adapt_alone", 0.0, 0.42, None)):
+        run = start(tmp_path, table, stage="adapt", config={"replay_frac": frac})
+        for kind, change, value in (("domain", "gain", gain), ("general", "forgetting", forgetting)):
+            if value is not None:
+                run.result(f"{kind}@1", "bits_per_byte", 2.5, low=2.4, high=2.6, n=9, checkpoint="before")
+                run.result(f"{kind}@1", "bits_per_byte", 2.25, low=2.2, high=2.3, n=9, checkpoint="after")
+                run.result(f"{kind}@1", change, value, low=value - 0.02, high=value + 0.02, n=9)
+        finish(run)
+    page = write_report(tmp_path).read_text()
+    cells = {(c["row"], c["column"], c["figure"]): c for c in cells_of(tmp_path) if c["table"] == "adaptation"}
+    assert cells["adapt", "gain", ""]["text"] == "0.410 bits per byte (95%: 0.390 to 0.430; n = 9)"
+    assert cells["adapt", "forgetting", ""]["value"] == 0.06
+    assert cells["adapt", "domain", "before"]["value"] == 2.5 and cells["adapt", "domain", "after"]["value"] == 2.25
+    assert cells["adapt", "replay", "fraction of the rows"]["text"] == "25.0%"
+    assert cells["adapt_alone", "gain", ""]["run"].startswith("adapt_alone-")
+    assert cells["adapt_alone", "forgetting", ""]["text"] == "not measured"
+    assert "Domain adaptation: gain beside forgetting" in page and "0.410" in page
+    assert "Domain adaptation: gain beside forgetting" in render_text(tmp_path)

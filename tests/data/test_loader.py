@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trivium.batches import IGNORE
-from trivium.data.loader import PretrainLoader, RowLoader
+from trivium.data.loader import PretrainLoader, ReplayLoader, RowLoader
 from trivium.data.shards import open_shards, write_shards
 
 CONTEXT = 8
@@ -100,6 +100,72 @@ def test_epochs_differ_and_more_ranks_than_rows_are_refused(shards):
     assert first != second
     with pytest.raises(ValueError, match="cannot be shared"):
         loader.batch(0, 0, 2)
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory):
+    """Documents as those of `shards`, with tokens from 10,000 on, so that a row shows which kind it is of."""
+    rng = np.random.default_rng(1)
+    folder = tmp_path_factory.mktemp("general")
+    documents = [([10_000 + 100 * d + i for i in range(int(rng.integers(2, 31)))], 5) for d in range(31)]
+    write_shards(folder, documents, tokenizer_fingerprint="f", vocab_size=20_000)
+    return open_shards(folder)
+
+
+def mix(shards, general, frac, batch_size=6):
+    loaders = (PretrainLoader(shards, CONTEXT, batch_size, 3), PretrainLoader(general, CONTEXT, batch_size, (3, 1)))
+    return ReplayLoader(*loaders, frac)
+
+
+def is_general(row):
+    return max(row[0]) >= 10_000
+
+
+def test_replay_is_spread_evenly_and_exact(shards, general):
+    """The docstring's example; and of the first n rows exactly the whole part of n f are general, for any f."""
+    loader = mix(shards, general, 0.25)
+    kinds = ["g" if is_general(row) else "d" for step in range(2) for row in rows_of(loader.batch(step))]
+    assert "".join(kinds) == "dddgdd" + "dgdddg"
+    for frac, per_thousand in ((0.0, 0), (0.1, 100), (0.29, 290), (0.5, 500), (0.999, 999), (1.0, 1000)):
+        loader = mix(shards, general, frac)
+        places = [loader.place(row)[0] is loader.general for row in range(1000)]
+        assert [sum(places[:n]) for n in range(1001)] == [n * per_thousand // 1000 for n in range(1001)]
+        assert loader.num_replayed(1000) == per_thousand
+
+
+@pytest.mark.parametrize("frac", [0.0, 0.25, 0.3, 1.0])
+def test_replay_leaves_each_kind_in_its_own_order(shards, general, frac):
+    """What is left of the batches without the other kind is what that kind's loader gives, row for row."""
+    loader = mix(shards, general, frac)
+    mixed = [row for step in range(40) for row in rows_of(loader.batch(step))]
+    for own, kind in ((loader.domain, False), (loader.general, True)):
+        expected = [row for step in range(40) for row in rows_of(own.batch(step))]
+        found = [row for row in mixed if is_general(row) == kind]
+        assert found == expected[: len(found)]
+    if not frac:
+        assert mixed == [row for step in range(40) for row in rows_of(loader.domain.batch(step))]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_replay_is_a_pure_function_of_the_step_for_any_number_of_ranks(shards, general, world):
+    """Ranks hold each row of the global batch once; a loader that resumes at any step reads on alike."""
+    loader = mix(shards, general, 0.3, batch_size=8)
+    whole = [rows_of(loader.batch(step)) for step in range(24)]
+    assert any(map(is_general, whole[0])) and not all(map(is_general, whole[0]))
+    for step, expected in enumerate(whole):
+        resumed = mix(shards, general, 0.3, batch_size=8)
+        parts = [rows_of(resumed.batch(step, rank, world)) for rank in range(world)]
+        assert [parts[i % world][i // world] for i in range(8)] == expected
+    with pytest.raises(ValueError, match="cannot be shared"):
+        loader.batch(0, 0, 9)
+
+
+def test_replay_that_cannot_be_is_refused(shards, general):
+    domain = PretrainLoader(shards, CONTEXT, 4, 0)
+    for other, frac in ((None, 0.1), (domain, 1.1), (domain, -0.1), (PretrainLoader(general, CONTEXT + 1, 4, 0), 0.5)):
+        with pytest.raises(ValueError):
+            ReplayLoader(domain, other, frac)
+    assert rows_of(ReplayLoader(domain, None, 0.0).batch(3)) == rows_of(domain.batch(3))
 
 
 @pytest.mark.parametrize("lengths", [None, [(i * 37) % 101 for i in range(50)]], ids=["plain", "bucketed"])

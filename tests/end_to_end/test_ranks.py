@@ -52,6 +52,12 @@ context = 64
 prompts = ["A fox"]
 fit = {{ batch_size = 7, micro_batch_size = 2, {FIT} }}
 
+[adapt]
+corpus = "train_tokenizer@latest"
+replay_frac = 0.4
+context = 64
+fit = {{ batch_size = 7, micro_batch_size = 2, {FIT} }}
+
 [sft]
 data = ["trivium.data.microworld:instructions"]
 options = {{ num = 120 }}
@@ -107,7 +113,7 @@ REWARD = """
 def first_token(prompts, completions):
     return [completion.token_ids[0] / 100 for completion in completions]
 """
-TRAINED = ("pretrain", "sft", "reward_model", "ppo", "dpo", "grpo", "constitutional_ai")
+TRAINED = ("pretrain", "adapt", "sft", "reward_model", "ppo", "dpo", "grpo", "constitutional_ai")
 CLOCKED = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 
 

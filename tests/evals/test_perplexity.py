@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from trivium.data.shards import open_shards, write_shards
-from trivium.evals.perplexity import bits_per_byte, document_losses, row_logprobs, windows
+from trivium.evals.perplexity import (
+    DocumentLoss,
+    bits_per_byte,
+    bits_saved,
+    document_losses,
+    row_logprobs,
+    windows,
+)
 
 from .conftest import TEXT
 
@@ -84,3 +91,14 @@ def test_a_long_document_loses_nothing_but_context(model, tokenizer, tmp_path):
     ids = torch.from_numpy(stored.document(0).astype(np.int64))[None]
     logprobs = model.logits(model(ids[:, :-1]))[0].log_softmax(-1)
     assert whole == pytest.approx((-logprobs.gather(1, ids[0, 1:, None])[:, 0]).tolist(), abs=1e-5)
+
+
+def test_bits_saved_by_hand_and_documents_stay_paired():
+    """8 + 1 bits less over 16 + 2 bytes are 0.5; where every byte saves alike, the interval is a point."""
+    first = [DocumentLoss(nats=(bits * math.log(2),), num_bytes=n) for bits, n in ((40, 16), (3, 2))]
+    second = [DocumentLoss(nats=(bits * math.log(2),), num_bytes=n) for bits, n in ((32, 16), (2, 2))]
+    assert bits_saved(first, second, 0) == pytest.approx((0.5, 0.5, 0.5))
+    assert bits_saved(second, first, 0) == pytest.approx((-0.5, -0.5, -0.5))
+    assert bits_per_byte(first, 0)[2] - bits_per_byte(first, 0)[1] > 0.5  # though the texts differ in how hard they are
+    with pytest.raises(ValueError, match="same documents"):
+        bits_saved(first, second[:1], 0)

@@ -193,13 +193,21 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("training", "products"), [(True, 3), (False, 1)])
-def test_an_evaluation_makes_no_gradients(training, products):
-    """Three chunks: one product each, and two more for the gradients where they are wanted."""
-    hidden, weight = torch.zeros(1, 6, 4, requires_grad=True), torch.zeros(8, 4, requires_grad=True)
+@pytest.mark.parametrize(("training", "learns", "products"), [(True, True, 3), (True, False, 2), (False, True, 1)])
+def test_an_evaluation_makes_no_gradients_and_a_frozen_weight_none_of_its_own(training, learns, products):
+    """Three chunks: one product each, and one more for each of the two gradients where it is wanted."""
+    hidden, weight = torch.ones(1, 6, 4, requires_grad=True), torch.eye(8, 4).requires_grad_(learns)
     with Products() as seen, torch.set_grad_enabled(training):
-        head_cross_entropy(hidden, weight, torch.zeros(1, 6, dtype=torch.long), chunk=2)
+        loss = head_cross_entropy(hidden, weight, torch.zeros(1, 6, dtype=torch.long), chunk=2)
     assert seen.count == 3 * products
+    if training:
+        # Unequal factors have everything computed again, the weight's gradient where it is wanted.
+        (loss * torch.arange(6)).sum().backward()
+        assert hidden.grad is not None and (weight.grad is not None) is learns
+        expected = torch.autograd.grad(
+            (cross_entropy(hidden @ weight.T, torch.zeros(1, 6, dtype=torch.long)) * torch.arange(6)).sum(), hidden
+        )
+        assert torch.allclose(hidden.grad, expected[0], atol=1e-6)
 
 
 def test_a_chunk_of_zero_is_refused():

@@ -14,7 +14,7 @@ from trivium.config import RunSettings
 from trivium.records import Artifact, RunManifest, to_dict
 from trivium.runs import manifest as manifests
 from trivium.runs.events import read_metrics
-from trivium.runs.manifest import Run, fingerprint, read_manifest, write_manifest
+from trivium.runs.manifest import Run, fingerprint, is_base, read_manifest, write_manifest
 
 
 def make(workspace: Path, name: str = "sft-0", **facts) -> Run:
@@ -202,3 +202,12 @@ def test_progress_counts_without_a_terminal(tmp_path: Path, monkeypatch, capsys)
         advance(2, loss=1.5)
         advance()
     assert capsys.readouterr().err == "sft: training: 3/10, 28 s left, 0.2/s loss=1.5\n"
+
+
+def test_a_base_model_is_one_that_was_pre_trained_or_made_from_one(tmp_path: Path) -> None:
+    """A stage may say so of its own; all else, a folder from elsewhere included, is taken for a chat model."""
+    run = make(tmp_path)
+    assert not is_base(run.manifest) and not is_base(None)
+    assert is_base(dataclasses.replace(run.manifest, stage="pretrain"))
+    run.note(is_base=True)
+    assert is_base(run.finish("done"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -256,6 +257,38 @@ def test_a_run_moves_between_numbers_of_ranks(found: Found, alone: Callable[...,
 def test_one_rank_s_infinity_is_skipped_by_all(found: Found, mode: str, size: int) -> None:
     """One row of one rank is poisoned: every rank skips the step, and no weight moves by a bit."""
     assert found.by_size[size][f"{mode} poisoned"] == {"skipped": size, "moved": False}
+
+
+LATE = """
+from trivium.config import RunSettings
+from trivium.training import distributed
+with distributed.joined(RunSettings(device="cpu", threads=1, rank_timeout_s=60)):
+    if distributed.world()[0]:
+        distributed.POLL_S = 3.0  # the first look comes too early, the second after rank 0 could have been gone
+    print(distributed.decide(lambda: "the last word"))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_first_rank_waits_until_the_others_have_read_its_last_word() -> None:
+    """Started without torchrun, rank 0's process holds the store; it must not take it along."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert all("the last word" in words for words in said)
 
 
 @pytest.mark.timeout(600)

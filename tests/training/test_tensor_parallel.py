@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from trivium.batches import IGNORE, LossOutput, TokenBatch, select_rows
 from trivium.config import ConfigError, RunSettings
 from trivium.models.config import ModelConfig
-from trivium.models.lora import LoraConfig, adapt
 from trivium.models.transformer import Transformer
 from trivium.runs.events import read_metrics
 from trivium.stages.sft import objective
@@ -34,7 +33,7 @@ from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import Spread, spread, whole
 from trivium.training.rollout import SampleConfig, sample_over_ranks
 from trivium.training.step import train_step
-from trivium.training.tensor_parallel import check_divides, check_network, settle_gradients
+from trivium.training.tensor_parallel import check_divides, settle_gradients
 
 from .test_ranks import close, open_run
 
@@ -154,7 +153,7 @@ def sampled(settings: RunSettings) -> list[Any]:
 
 
 def settled(settings: RunSettings) -> dict[str, Any]:
-    """Let a copy's gradient drift by the rank's number, settle; say what it was, what each rank has, what is odd."""
+    """Let a copy drift by the rank's number, settle; say what its gradient was, what each rank has, what is odd."""
     setup(settings)
     model = tiny_model()
     cut = spread(model, partial(objective, model), settings)
@@ -342,13 +341,6 @@ def test_a_shape_that_cannot_be_dealt_out_is_refused_with_its_numbers() -> None:
         check_divides(config, 4)
     with pytest.raises(ConfigError, match="= 8 does not divide the model's num_attention_heads = 4 and num_key"):
         check_divides(config, 8)
-
-
-def test_adapters_are_not_cut() -> None:
-    """The plan is for whole matrices: an adapter's own two would be left out of it."""
-    model = adapt(tiny_model(), LoraConfig(rank=2))
-    with pytest.raises(ConfigError, match=r"tensor_parallel = 2 cuts whole matrices.*set lora.rank to 0"):
-        check_network(model, list(model.model.layers), 2)
 
 
 def test_ranks_that_are_no_whole_groups_are_refused() -> None:

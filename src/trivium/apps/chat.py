@@ -20,7 +20,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import stream
 from trivium.models.hf import load_model, read_stop_ids
 from trivium.models.transformer import Transformer
-from trivium.runs.manifest import read_manifest
+from trivium.runs.manifest import is_base, read_manifest
 from trivium.runs.registry import latest_runs, model_folder
 
 HELP = "/reset starts over, /model NAME talks to another model, /quit ends (or Ctrl-D); Ctrl-C stops an answer"
@@ -62,7 +62,7 @@ def load_voice(workspace: Path, reference: str) -> Voice:
         model=model.eval(),
         tokenizer=tokenizer,
         stop_ids=stop_ids | tokenizer.stop_ids,
-        base=manifest is not None and manifest.stage == "pretrain",
+        base=is_base(manifest),
     )
 
 

@@ -21,7 +21,7 @@ from trivium.models.generate import Generated, generate
 from trivium.models.hf import load_model
 from trivium.models.transformer import Transformer
 from trivium.records import Conversation
-from trivium.runs.manifest import read_manifest
+from trivium.runs.manifest import is_base, read_manifest
 
 BATCH_ROWS = 128
 _NEXT_QUESTION = re.compile(r"\s*\n\s*Question\b")
@@ -99,13 +99,13 @@ def table_of(folder: Path) -> str:
 def load_player(
     folder: Path, device: torch.device | str = "cpu", on_done: Callable[[int], object] | None = None
 ) -> Player:
-    """Return the model of a run's folder, or of a Hugging Face folder; what a pretrain run left is a base model."""
+    """Return the model of a run's folder, or of a Hugging Face folder; see `is_base` for which are base models."""
     files = folder if (folder / "config.json").is_file() else folder / "model"
     manifest = read_manifest(folder)
     return Player(
         name=table_of(folder),
         model=load_model(files, device=device).requires_grad_(False).eval(),
         tokenizer=Tokenizer.load(files),
-        is_base=manifest is not None and manifest.stage == "pretrain",
+        is_base=is_base(manifest),
         on_done=on_done,
     )

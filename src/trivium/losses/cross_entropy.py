@@ -73,7 +73,8 @@ class _HeadLoss(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.z_loss, ctx.chunk, ctx.dtype = z_loss, chunk, dtype
-        losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted)
+        learns = ctx.needs_input_grad[1]  # a frozen output matrix, as under adapters, needs no gradient
+        losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted, learns)
         ctx.save_for_backward(hidden, weight, targets, *gradients)
         return losses
 
@@ -85,17 +86,28 @@ class _HeadLoss(torch.autograd.Function):
             for_hidden, for_weight = for_hidden * factors[0], for_weight * factors[0]
         elif len(factors):
             parts = hidden.to(ctx.dtype), weight.to(ctx.dtype), targets
-            _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True)
-        return for_hidden.to(hidden.dtype), for_weight.to(weight.dtype), None, None, None, None
+            _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True, ctx.needs_input_grad[1])
+        learned = for_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return for_hidden.to(hidden.dtype), learned, None, None, None, None
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, factors: Tensor | None, wanted: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    chunk: int,
+    factors: Tensor | None,
+    wanted: bool,
+    learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses fp32 [N] and, where wanted, the gradients of their sum (times `factors`): [N, H], fp32 [V, H]."""
+    """Return losses fp32 [N] and, where wanted, the gradients of their sum (times `factors`): [N, H], fp32 [V, H].
+
+    The second only where the weight `learns`; empty tensors stand for what is not computed.
+    """
     losses = torch.empty(len(targets), device=hidden.device)
     for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
-    for_weight = torch.zeros(weight.shape if wanted else 0, device=weight.device)
+    for_weight = torch.zeros(weight.shape if wanted and learns else 0, device=weight.device)
     room = torch.empty(min(chunk, len(targets)), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(targets), chunk):
@@ -115,8 +127,8 @@ def _walk(
                 slope = (slope if factors is None else slope.mul_(factors[part, None])).to(hidden.dtype)
                 torch.mm(slope, weight, out=for_hidden[part])
                 # Summed in fp32: thousands of chunks in bf16 would lose the small ones.
-                if hidden.dtype == torch.float32:
+                if learns and hidden.dtype == torch.float32:
                     for_weight.addmm_(slope.T, hidden[part])
-                else:
+                elif learns:
                     for_weight += slope.T @ hidden[part]
     return losses, for_hidden, for_weight

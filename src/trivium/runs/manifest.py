@@ -67,6 +67,11 @@ def read_manifest(folder: Path) -> RunManifest | None:
         return None
 
 
+def is_base(manifest: RunManifest | None) -> bool:
+    """Tell whether a run left a base model: pre-trained, or adapted from one; all others are taken for chat models."""
+    return manifest is not None and (manifest.stage == "pretrain" or manifest.summary.get("is_base") is True)
+
+
 class Run:
     """One execution of a stage; everything the stage leaves behind goes through it.
 

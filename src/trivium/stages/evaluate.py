@@ -43,7 +43,7 @@ class Config:
     """Which models, which questions, and who judges."""
 
     models: tuple[Ref, ...] = ("pretrain@latest", "sft@latest", "ppo@latest", "dpo@latest", "grpo@latest")
-    """What is examined; a model that a pretrain run left is a base model, all others are chat models."""
+    """What is examined; a pre-trained model, or one adapted from it, is a base model, others chat models."""
     reference: Ref = "sft@latest"
     """The model that win rates and KL are measured against."""
     reward_model: Ref = ""

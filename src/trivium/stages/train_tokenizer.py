@@ -1,6 +1,6 @@
 """Stage train_tokenizer: a vocabulary learned from the corpus, and the corpus as tokens.
 
-Reads   the corpus of data_prep (`train.jsonl`, `heldout.jsonl`).
+Reads   the corpus of data_prep (`train.jsonl`, `heldout.jsonl`); a tokenizer, where one is to be kept.
 Writes  `tokenizer/` (Hugging Face layout, chat template inside), `shards/train` and `shards/heldout` (memory-mapped,
         checksummed, tied to the tokenizer by its fingerprint); summary: vocabulary, tokens, bytes per token.
 Paper   byte-level BPE (Radford et al. 2019, section 2.2; Sennrich et al., arXiv:1508.07909).
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivium.config import Ref, UserError, bounds
+from trivium.config import Dial, Ref, UserError, bounds
 from trivium.data.shards import write_shards
 from trivium.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, train
 from trivium.records import read_jsonl
@@ -37,6 +37,8 @@ class Config:
     """Tokens, the 256 bytes and the special ones included."""
     train_bytes: int = 200_000_000
     """Learn from this many bytes of the training text at most, from its beginning."""
+    tokenizer: Dial[Ref] = ""
+    """Keep that of this model or tokenizer run, so that the model can be trained on the shards; empty: learn one."""
 
     def __post_init__(self) -> None:
         """Refuse a vocabulary that cannot be."""
@@ -53,9 +55,7 @@ def transform(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[list
 def run(config: Config, run: Run) -> None:
     """Train, save, and write both sides of the corpus as shards."""
     corpus = run.parent("corpus")
-    with run.progress("learning from documents", 0) as advance:
-        texts = _limited(_texts(corpus / "train.jsonl"), config.train_bytes)
-        tokenizer = train(_counted(texts, advance), config.vocab_size)
+    tokenizer = kept(run) if config.tokenizer else learned(config, run, corpus)
     tokenizer.save(run.dir / "tokenizer")
     facts: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
     for side in ("train", "heldout"):
@@ -77,6 +77,19 @@ def _show(tokenizer: Tokenizer, corpus: Path, run: Run) -> None:
     """Keep a few held-out texts as their tokens."""
     for text in itertools.islice(_texts(corpus / "heldout.jsonl"), 5):
         run.specimen("tokens", {"text": text[:300], "tokens": tokenizer.pieces(tokenizer.encode(text[:300]))})
+
+
+def learned(config: Config, run: Run, corpus: Path) -> Tokenizer:
+    """Return a tokenizer learned from the training side of the corpus."""
+    with run.progress("learning from documents", 0) as advance:
+        texts = _limited(_texts(corpus / "train.jsonl"), config.train_bytes)
+        return train(_counted(texts, advance), config.vocab_size)
+
+
+def kept(run: Run) -> Tokenizer:
+    """Return the tokenizer of the run or folder in `tokenizer`: the one beside its shards, or inside its model."""
+    beside = run.parent("tokenizer") / "tokenizer"
+    return Tokenizer.load(beside if beside.is_dir() else run.model("tokenizer"))
 
 
 def _texts(path: Path) -> Iterator[str]:

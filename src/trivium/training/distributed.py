@@ -94,6 +94,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
     try:
         check_layout(settings.tensor_parallel, world()[1])
         yield
+        _let_rank_0_go_last()
     except BaseException as error:
         first = not isinstance(error, _Told) and _first_to_fail()
         if rank == 0:
@@ -108,6 +109,18 @@ def joined(settings: RunSettings) -> Iterator[None]:
             print(f"trivium: {' '.join(str(error).split()) or 'stopped'} (rank {rank})", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     leave()
+
+
+def _let_rank_0_go_last() -> None:
+    """Wait on rank 0, whose process may hold the store, until the others have read there what it last decided."""
+    rank, size = world()
+    store = _Group.store
+    with contextlib.suppress(RuntimeError):  # the store went down with a rank that failed, which the launcher tells
+        if rank:
+            store.add("trivium/through", 1)
+            return
+        while store.add("trivium/through", 0) < size - 1 and not store.check(["trivium/failures"]):
+            time.sleep(POLL_S)
 
 
 def leave() -> None:

@@ -45,6 +45,14 @@ STAGES: dict[str, Explanation] = {
         "into sentences.",
         headline=("eval/bits_per_byte", "eval/loss", "train/loss"),
     ),
+    "adapt": Explanation(
+        title="Learning a domain",
+        about="A model that exists goes on reading, now the text of one domain. It learns that domain's words and "
+        "facts, and tends to forget what it no longer reads. So some rows of general text are mixed in (replay), and "
+        "both kinds of text are measured before and after.",
+        watch="The gain on the domain beside the forgetting: bits per byte of general text that rise are the price.",
+        headline=("eval/domain_bits_per_byte", "train/loss"),
+    ),
     "sft": Explanation(
         title="Supervised fine-tuning",
         about="The base model is shown conversations with ideal answers and learns to give such answers. It reads "
@@ -124,6 +132,8 @@ METRICS: dict[str, str] = {
     "eval/bits_per_byte": (
         "Bits needed to store one byte of held-out text; comparable between tokenizers. Lower is better."
     ),
+    "eval/domain_bits_per_byte": "Bits per byte of the domain's held-out text: what adaptation lowers.",
+    "eval/general_bits_per_byte": "Bits per byte of held-out general text: where it rises, the model forgets.",
     "train/lr": "Learning rate: the size of the steps, warmed up and then lowered.",
     "train/grad_norm": "Length of the gradient before clipping. Spikes mean that a batch was a shock.",
     "train/tokens_per_s": "Tokens trained per second.",

@@ -107,7 +107,11 @@ def limits(sources: Sources) -> list[str]:
 
 
 def _size(sources: Sources) -> str:
-    sizes = [s.manifest.summary.get("num_parameters") for s in sources.runs if s.manifest.stage in ("pretrain", "sft")]
+    sizes = [
+        s.manifest.summary.get("num_parameters")
+        for s in sources.runs
+        if s.manifest.stage in ("pretrain", "adapt", "sft")
+    ]
     known = [int(n) for n in sizes if isinstance(n, int | float)]
     if not known:
         return ""
@@ -163,7 +167,7 @@ def _seeds(sources: Sources) -> str:
 
 
 def _unfinished(sources: Sources) -> str:
-    trained = [stage for stage in STAGES if stage not in ("export",) and sources.find(stage) is None]
+    trained = [stage for stage in STAGES if stage not in ("adapt", "export") and sources.find(stage) is None]
     return f"Not run, or not finished, in this workspace: {join(LABELS[s] for s in trained)}." if trained else ""
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as TextTable
 from rich.text import Text
 
+from trivium.apps.report.adaptation import adaptation_table
 from trivium.apps.report.cells import Line, Table, lines, visible
 from trivium.apps.report.charts import Chart, can_draw, drift_chart, reward_model_chart, training_charts, wins_chart
 from trivium.apps.report.lineage import Descent, limits, lineage, stale
@@ -54,7 +55,10 @@ def gather(workspace: Path) -> Report:
     """
     sources = Sources(workspace)
     models = (rewards_table(sources), tasks_table(sources), wins_table(sources), costs_table(sources))
-    tables = (*stage_tables(sources), *models)
+    tables = [*stage_tables(sources), *models]
+    adapted = adaptation_table(sources)
+    if adapted.rows:  # a pipeline that adapts nothing has no use for an empty table
+        tables.append(adapted)
     return Report(
         name=sources.name,
         judges=sources.judges(),
@@ -145,6 +149,9 @@ def render_text(workspace: Path) -> str:
     console = Console(file=buffer, width=TEXT_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     kept = [row for row in stages.rows if row.key != "goal"]
     console.print(_text_table(stages, {row.key for row in kept}, figures=True))
+    adapted = adaptation_table(sources)
+    if adapted.rows:
+        console.print(_text_table(adapted, {row.key for row in adapted.rows}))
     for table in (tasks_table(sources), wins_table(sources)):
         if table.rows:
             console.print(_text_table(table, {row.key for row in table.rows}))

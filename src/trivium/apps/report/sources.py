@@ -20,6 +20,7 @@ LABELS = {
     "data_prep": "Data preparation",
     "train_tokenizer": "Tokenizer",
     "pretrain": "Pre-training",
+    "adapt": "Domain adaptation",
     "sft": "Fine-tuning (SFT)",
     "collect_comparisons": "Comparisons",
     "reward_model": "Reward model",
@@ -30,7 +31,15 @@ LABELS = {
     "evaluate": "Evaluation",
     "export": "Export",
 }
-MODELS = {"pretrain": "base", "base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
+MODELS = {
+    "pretrain": "base",
+    "base": "base",
+    "adapt": "adapted",
+    "sft": "SFT",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "grpo": "GRPO",
+}
 MODELS |= {"constitutional_ai": "Const. AI"}
 
 UNITS = {
@@ -40,6 +49,8 @@ UNITS = {
     "pass_rate": "fraction",
     "score": "fraction",
     "bits_per_byte": "bits per byte",
+    "gain": "bits per byte",
+    "forgetting": "bits per byte",
     "kl": "nats",
     "mean_length": "tokens",
     "length": "tokens",

@@ -25,7 +25,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import stream
 from trivium.models.hf import load_model, read_stop_ids
 from trivium.models.transformer import Transformer
-from trivium.runs.manifest import read_manifest
+from trivium.runs.manifest import is_base, read_manifest
 
 SLOTS = 8
 """Answers that run at once."""
@@ -212,7 +212,7 @@ def _tokens(job: Job) -> Iterator[tuple[int, float]]:
 def load(name: str, folder: Path) -> Served:
     """Return the model in a Hugging Face folder, on the GPU in bfloat16 where there is one.
 
-    A model of a `pretrain` run is a base model; all others are taken for chat models. Raises UserError for a folder
+    See `is_base` for which are base models; all others are taken for chat models. Raises UserError for a folder
     that holds no language model.
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -228,7 +228,7 @@ def load(name: str, folder: Path) -> Served:
         name=name,
         model=model.eval(),
         tokenizer=tokenizer,
-        kind="base" if stage == "pretrain" else "chat",
+        kind="base" if is_base(manifest) else "chat",
         stop_ids=stop_ids | tokenizer.stop_ids,
         stage=stage,
         run_id=manifest.run_id if manifest else "",
