@@ -228,7 +228,10 @@ def test_cut_off_and_resumed_is_uninterrupted(make: Make, monkeypatch: pytest.Mo
 def groups_of(ranks: list[list[int]]) -> list[PreferenceGroup]:
     """Return groups of random rows whose prompts and completions differ in length."""
     rng = random.Random(3)
-    row = lambda low, high: [rng.randrange(8, 390) for _ in range(rng.randint(low, high))]  # noqa: E731
+
+    def row(low: int, high: int) -> list[int]:
+        return [rng.randrange(8, 390) for _ in range(rng.randint(low, high))]
+
     return [
         PreferenceGroup(prompt_ids=[1, *row(2, 9)], completion_ids=[[*row(1, 12), 7] for _ in order], ranks=order)
         for order in ranks
@@ -254,7 +257,10 @@ def test_same_loss_and_gradient_as_trls_reward_trainer(
     collator = reward_trainer.DataCollatorForPreference(pad_token_id=tiny_tokenizer.pad_id)
     examples = [{"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin} for chosen, rejected in rows]
     inputs = collator(examples)
-    same = lambda value: value  # noqa: E731
+
+    def same(value: torch.Tensor) -> torch.Tensor:
+        return value
+
     holder = types.SimpleNamespace(
         model=theirs.train(),
         args=types.SimpleNamespace(center_rewards_coefficient=center or None),

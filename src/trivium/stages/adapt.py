@@ -22,7 +22,6 @@ from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.perplexity import DocumentLoss, bits_per_byte, bits_saved, document_losses
 from trivium.losses.cross_entropy import head_cross_entropy
-from trivium.models.generate import generate
 from trivium.models.hf import load_model, read_stop_ids, save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run, is_base, read_manifest
@@ -31,7 +30,7 @@ from trivium.training.distributed import data_ranks, decide, device_of, weight_d
 from trivium.training.loop import FitConfig, fit
 from trivium.training.optim import OptimConfig
 from trivium.training.parallel import whole
-from trivium.training.rollout import chunks
+from trivium.training.rollout import chunks, continue_text
 
 METRICS = {"domain": "eval/domain_bits_per_byte", "general": "eval/general_bits_per_byte"}
 """The two kinds of text, and where each is followed."""
@@ -200,14 +199,6 @@ def passes(train: Mapping[str, Shards], context: int, rows: int, replayed: int) 
     if replayed:
         facts["replay_epochs"] = replayed * context / train["general"].num_tokens
     return facts
-
-
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
-    """Return a sampled continuation of `prompt`, always with the same random numbers, so that steps compare."""
-    ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
-    stop = frozenset({tokenizer.eos_id})
-    generated = generate(model, [ids], max_new_tokens=60, temperature=0.8, stop_ids=stop, seed=0)[0]
-    return tokenizer.decode(generated.token_ids)
 
 
 def end_of(run: Run, tokenizer: Tokenizer) -> int:

@@ -25,7 +25,6 @@ from trivium.data.shards import Shards, open_shards
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.config import ModelConfig
-from trivium.models.generate import generate
 from trivium.models.hf import save_model
 from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
@@ -33,7 +32,7 @@ from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
-from trivium.training.rollout import chunks
+from trivium.training.rollout import chunks, continue_text
 from trivium.training.scaling import budget_of, shape_of
 
 DERIVED = frozenset("hidden_size num_layers num_heads num_kv_heads fit.steps fit.batch_size".split()) | {
@@ -248,11 +247,3 @@ def heldout_loss(run: Run, model: Transformer, heldout: Shards, context: int) ->
             tokens += float(on_device.num_items)
     # All the documents' bytes, though their first token and the first of a window are given, not predicted.
     return {"eval/loss": loss / max(tokens, 1), "eval/bits_per_byte": loss / math.log(2) / max(1, heldout.num_bytes)}
-
-
-def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
-    """Return a sampled continuation of `prompt`, always with the same random numbers, so that steps compare."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    stop = frozenset({tokenizer.eos_id})
-    generated = generate(model, [ids], max_new_tokens=60, temperature=0.8, stop_ids=stop, seed=0)[0]
-    return tokenizer.decode(generated.token_ids)

@@ -216,6 +216,14 @@ def chunks(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
         yield select_rows(batch, torch.arange(start, min(start + size, num_rows)))
 
 
+def continue_text(model: Transformer, tokenizer: Tokenizer, prompt: str) -> str:
+    """Return a sampled continuation of `prompt`, always with the same random numbers, so that steps compare."""
+    ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
+    stop = frozenset({tokenizer.eos_id})
+    generated = generate(model, [ids], max_new_tokens=60, temperature=0.8, stop_ids=stop, seed=0)[0]
+    return tokenizer.decode(generated.token_ids)
+
+
 def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: float = 1.0, rows: int = 32) -> Tensor:
     """Return the log-probability (nats) of every target [B, T], zero where there is none; no gradient is kept."""
     model.eval()
