@@ -16,27 +16,23 @@ from typing import Any
 import pytest
 import torch
 
-from trivium.batches import IGNORE, TokenBatch, select_rows
-from trivium.config import RunSettings
+from trivium.batches import TokenBatch
 from trivium.models.adapter_folder import save_adapted
 from trivium.models.config import ModelConfig
 from trivium.models.hf import load_model
 from trivium.models.lora import LoraConfig, adapt, adapters_of
 from trivium.models.transformer import Transformer
-from trivium.records import RunManifest
 from trivium.runs.events import read_metrics
-from trivium.runs.manifest import Run
 from trivium.stages.sft import objective
 from trivium.training.distributed import joined, world
 from trivium.training.loop import FitConfig, fit
 from trivium.training.optim import OptimConfig
 from trivium.training.parallel import whole
 
-SETTINGS = {
-    mode: RunSettings(device="cpu", precision="fp32", threads=1, rank_timeout_s=60, parallel=mode)
-    for mode in ("ddp", "fsdp")
-}
-ROWS, STEPS = 10, 7
+from .test_ranks import ROWS, SETTINGS, my_batches, open_run
+
+ROOT = Path(__file__).parents[2]
+STEPS = 7
 
 
 def base_model() -> Transformer:
@@ -58,17 +54,6 @@ def base_model() -> Transformer:
     return model
 
 
-def my_batches(step: int, micro_rows: int = 2) -> list[TokenBatch]:
-    """Return this rank's micro-batches of rows with 1 to 10 trained targets: a mean of means would be wrong."""
-    ids = torch.randint(3, 30, (ROWS, 12), generator=torch.Generator().manual_seed(step))
-    targets = ids.roll(-1, 1).clone()
-    for row in range(ROWS):
-        targets[row, row + 1 :] = IGNORE
-    batch = TokenBatch(input_ids=ids, targets=targets, positions=torch.arange(12).expand(ROWS, 12))
-    rank, size = world()
-    return [select_rows(batch, rows) for rows in torch.arange(ROWS)[rank::size].split(micro_rows)]
-
-
 def fitted(folder: Path, mode: str, *, until: int = STEPS) -> dict[str, Any]:
     """Train adapters in a folder, or die before step `until`; return losses, adapters, and whether the rest stayed."""
     model = adapt(base_model(), LoraConfig(rank=4))
@@ -81,9 +66,7 @@ def fitted(folder: Path, mode: str, *, until: int = STEPS) -> dict[str, Any]:
             raise KeyboardInterrupt
         return my_batches(step)
 
-    manifest = RunManifest(run_id="r", stage="sft", table="t", status="running", fingerprint="f" * 20, config={})
-    own = folder if world()[0] == 0 else folder.with_name(f"{folder.name}-scratch{world()[0]}")
-    run = Run(manifest, folder=own, workspace=folder.parent, settings=SETTINGS[mode], base=folder, home=folder)
+    run = open_run(folder, SETTINGS[mode])
     try:
         fit(run, model, partial(objective, model), batches, config)
     except KeyboardInterrupt:
@@ -118,7 +101,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        [*launcher, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [*launcher, "-m", "tests.training.test_ranks_lora", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, dict(json.loads((folder / "found.json").read_text()))
