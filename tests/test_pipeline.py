@@ -20,7 +20,7 @@ STAGE = '''
 from dataclasses import dataclass
 from pathlib import Path
 import errno, os, time
-from trivium.config import InputPath, Ref, Waiting
+from trivium.config import InputPath, Ref, UserError, Waiting
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -38,8 +38,11 @@ def run(config, run):
     if (run.workspace / "fail").exists():
         raise OSError(errno.ENOSPC, "No space left on device", str(run.dir / "text.txt"))
     if (run.workspace / "signal").exists():
-        os.kill(os.getpid(), int((run.workspace / "signal").read_text()))
-        time.sleep(1)
+        try:
+            os.kill(os.getpid(), int((run.workspace / "signal").read_text()))
+            time.sleep(1)
+        except Exception as error:  # as around a library that raises bare ones
+            raise UserError(f"the file cannot be read: {error}") from None
     if (run.workspace / "wait").exists():
         raise Waiting("two rankings to give")
     with (run.workspace / "calls.txt").open("a") as calls:
@@ -151,7 +154,7 @@ def _ctrl_c() -> Iterator[None]:
 def test_a_signal_leaves_a_run_that_says_it_was_stopped(
     place: Path, number: signal.Signals, raised: type[BaseException]
 ) -> None:
-    """Not `failed`, nor `running` for ever; the same command goes on."""
+    """Not `failed`, nor `running` for ever, nor the fault of what was being read; the same command goes on."""
     (place / "w").mkdir()
     (place / "w" / "signal").write_text(str(int(number)))
     with pytest.raises(raised):

@@ -67,6 +67,18 @@ class Stopped(UserError):
         self.exit_code = 4 if number == signal.SIGALRM else 128 + number
 
 
+class Signalled(BaseException):
+    """A signal came where there is nothing to finish.
+
+    Not an Exception: it may come while something is read, whose reader would take it for the fault of a file.
+    """
+
+    def __init__(self, number: int, what: str) -> None:
+        """Carry what ends the run once nobody can mistake it."""
+        self.stopped = Stopped(number, what)
+        super().__init__(str(self.stopped))
+
+
 class DiskFull(UserError):
     """A write failed for want of space; what was whole before still is."""
 

@@ -26,6 +26,7 @@ from trivium.config import (
     ConfigError,
     DiskFull,
     Recipe,
+    Signalled,
     StageSpec,
     Stopped,
     UserError,
@@ -342,7 +343,7 @@ def _run_stage(plan: Plan, run: Run) -> RunManifest:
     except Waiting as waiting:
         run.finish("waiting", str(waiting))
         raise
-    except (Stopped, KeyboardInterrupt) as stop:
+    except (Stopped, Signalled, KeyboardInterrupt) as stop:
         run.finish("stopped", str(stop))
         raise
     except UserError as error:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from trivium.config import ConfigError, RunSettings, Stopped, UserError
+from trivium.config import ConfigError, RunSettings, Signalled, Stopped, UserError
 from trivium.runs.ranks import ranks_from_environment
 from trivium.training.allocator import keep_freed_memory
 from trivium.training.timing import product_seconds
@@ -150,8 +150,9 @@ def decide(compute: Callable[[], T]) -> T:
         return told["value"]  # type: ignore[no-any-return]
     try:
         value = compute()
-    except UserError as error:
-        _publish(key, json.dumps({"error": str(error), "exit_code": error.exit_code}))
+    except (UserError, Signalled) as error:
+        told = error.stopped if isinstance(error, Signalled) else error
+        _publish(key, json.dumps({"error": str(told), "exit_code": told.exit_code}))
         raise
     _publish(key, json.dumps({"value": value}))
     return value

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from trivium.config import Stopped
+from trivium.config import Signalled, Stopped
 from trivium.training.distributed import all_reduce_max, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
@@ -106,7 +106,7 @@ def stoppable(time_limit_s: float) -> Iterator[None]:
     """Turn SIGTERM, and the end of `time_limit_s` seconds (0: none), into Stopped: the same door as Ctrl-C."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(number, _reason(number) or " by SIGTERM")
+        raise Signalled(number, _reason(number) or " by SIGTERM")
 
     before: dict[int, object] = {}
     with contextlib.suppress(ValueError):  # not the main thread: the embedding program owns the signals
@@ -115,6 +115,8 @@ def stoppable(time_limit_s: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, time_limit_s)
     try:
         yield
+    except Signalled as signalled:
+        raise signalled.stopped from None
     finally:
         if before:
             signal.setitimer(signal.ITIMER_REAL, 0)
