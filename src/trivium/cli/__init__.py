@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus run, serve, rank, dashboard, report, chat and doctor.
+"""The command line: one verb per stage, plus run, serve, rank, people, database, dashboard, report, chat, doctor.
 
 The list of verbs is static and everything else is imported when its verb is used, so that `trivium --help` answers at
 once. A foreseeable mistake ends in one sentence on standard error and a non-zero exit code, never in a traceback.
@@ -74,6 +74,10 @@ def _dispatch(words: list[str]) -> int:
         from trivium.cli import doctor
 
         return doctor.run(rest)
+    if verb in ("people", "database"):
+        from trivium.cli import judgements
+
+        return judgements.run(verb, rest)
     if verb in TOOLS:
         from trivium.cli import pages
 

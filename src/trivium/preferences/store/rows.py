@@ -21,7 +21,13 @@ CHUNK = 500
 
 def now() -> str:
     """Return the time in UTC, for the `created_at` columns: told to people, part of no id and no digest."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    return moment(0.0)
+
+
+def moment(seconds_ahead: float) -> str:
+    """Return the time in UTC that many seconds from now; such texts compare as the times do."""
+    ahead = datetime.timedelta(seconds=seconds_ahead)
+    return (datetime.datetime.now(datetime.UTC) + ahead).isoformat(timespec="milliseconds")
 
 
 def from_prompt(prompt: Conversation) -> dict[str, Any]:
@@ -77,6 +83,10 @@ def to_task(row: RowMapping) -> Task:
         overlap=row["overlap"],
         position=row["position"],
         judgements=row.get("judgements", 0),
+        purpose=row["purpose"],
+        repeat_of=row["repeat_of"] or "",
+        gold=tuple(tuple(group) for group in row["gold"] or ()),
+        priority=row["priority"],
     )
 
 

@@ -1,4 +1,5 @@
 /** The ranking page. All text from prompts, models and people goes in by textContent. */
+import { Door } from "./account.js";
 import { Refusal, fetchTask, newKey, post } from "./api.js";
 import { Ranking } from "./ranking.js";
 
@@ -32,9 +33,9 @@ function say(text, bad = false) {
   at("status").classList.toggle("bad", bad);
 }
 
-/** @param {"work" | "done" | "trouble"} which */
+/** @param {"work" | "done" | "trouble" | "door"} which */
 function show(which) {
-  for (const id of ["work", "done", "trouble"]) at(id).hidden = id !== which;
+  for (const id of ["work", "done", "trouble", "door"]) at(id).hidden = id !== which;
   at("clock").parentElement.hidden = which !== "work";
 }
 
@@ -279,8 +280,9 @@ async function next(news = "") {
 /** @param {string} name */
 function enter(name) {
   annotator = name;
-  localStorage.setItem("trivium-annotator", name);
+  if (!door.account) localStorage.setItem("trivium-annotator", name);
   at("who").textContent = name;
+  at("who").hidden = false;
   next();
 }
 
@@ -324,7 +326,7 @@ setInterval(() => {
 
 /** @type {[string, () => unknown][]} */
 const BUTTONS = [
-  ["undo", undo], ["tie", tie], ["none", none], ["submit", submit], ["save-ideal", saveIdeal], ["who", askName],
+  ["undo", undo], ["tie", tie], ["none", none], ["submit", submit], ["save-ideal", saveIdeal], ["who", () => door.openAccount() || askName()], ["join", () => door.join()], ["sign-out", () => door.signOut()],
   ["skip", KEYS.s], ["help-open", KEYS["?"]], ["again", () => next()], ["retry", () => next()],
 ];
 for (const [id, action] of BUTTONS) {
@@ -349,6 +351,16 @@ at("skip-dialog").querySelector("form").addEventListener("submit", async () => {
   if (current && (await hold(() => post("/api/skip", { task: current.id, annotator, reason })))) await next("Skipped.");
 });
 
-const known = document.body.dataset.annotator || localStorage.getItem("trivium-annotator") || "";
-if (known) enter(known);
-else askName();
+const door = new Door(enter, () => show("door"));
+door
+  .open()
+  .then((closed) => {
+    if (closed) return;
+    const known = document.body.dataset.annotator || localStorage.getItem("trivium-annotator") || "";
+    if (known) enter(known);
+    else askName();
+  })
+  .catch((error) => {
+    at("trouble-text").textContent = error.message;
+    show("trouble");
+  });
