@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trivium.apps.rank.access import Access
 from trivium.apps.rank.failures import AsciiJSONResponse, explain_errors
+from trivium.apps.rank.markup import tree
 from trivium.apps.rank.security import LOOPBACK, Guard
 from trivium.preferences.assign import next_task, order_shown
 from trivium.preferences.store import People, Refused, Store, Task, UnknownTask
@@ -146,6 +147,13 @@ def _take_answers(app: FastAPI, store: Store, access: Access, collection: str | 
         task = _task(store, body.task, collection)
         return {"stored": store.skip(task.id, body.annotator, KIND, body.reason)}
 
+    @app.post("/api/keep")
+    def keep(body: Body, request: Request) -> dict[str, bool]:
+        """Keep a task for the annotator who reads it; `kept` is false where its places were taken meanwhile."""
+        access.check(request, body.annotator)
+        task = _task(store, body.task, collection)
+        return {"kept": store.lease([task], body.annotator, KIND) is not None}
+
     @app.post("/api/flag")
     def flag(body: FlagBody, request: Request) -> dict[str, bool]:
         """Store that an annotator finds a response harmful."""
@@ -176,8 +184,8 @@ def _shown(store: Store, task: Task, annotator: str) -> dict[str, Any]:
     """Return what the annotator may see: texts in their order, nothing of who wrote them."""
     completions = store.completions(task.completion_ids)
     shown = [completions[name] for name in order_shown(task, annotator)]
-    return {
-        "id": task.id,
-        "messages": store.prompt(task.prompt_id).as_dicts(),
-        "responses": [{"text": each.text, "cut_off": each.finish_reason == "length"} for each in shown],
-    }
+    messages = [each | {"tree": tree(each["content"])} for each in store.prompt(task.prompt_id).as_dicts()]
+    responses = [
+        {"text": each.text, "tree": tree(each.text), "cut_off": each.finish_reason == "length"} for each in shown
+    ]
+    return {"id": task.id, "messages": messages, "responses": responses}
