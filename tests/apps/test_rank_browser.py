@@ -172,7 +172,7 @@ def test_by_mouse_with_a_name_to_give_first(visit, store):
     page.click("#undo")
     cards.nth(2).locator(".place").click()
     shoot(page, "mouse-dark")
-    page.click("summary >> nth=0")
+    page.click("#why summary")
     page.fill("#rationale", "s t n 1 = are only letters here")
     page.click("#submit")
     page.wait_for_selector("#done:not([hidden])")

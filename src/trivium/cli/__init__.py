@@ -15,9 +15,9 @@ from trivium import __version__
 from trivium.cli.verbs import TOOLS, help_text
 from trivium.config import STAGES, ConfigError, UserError, is_disk_full, suggest
 
-EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "matplotlib", "plotly", "pydantic"), "web") | dict.fromkeys(
-    ("trafilatura", "pyarrow", "py3langid", "datasets"), "data"
-)
+EXTRAS = dict.fromkeys(
+    ("fastapi", "uvicorn", "markdown_it", "mdit_py_plugins", "matplotlib", "plotly", "pydantic"), "web"
+) | dict.fromkeys(("trafilatura", "pyarrow", "py3langid", "datasets"), "data")
 """Which extra brings a package that a verb may miss."""
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)

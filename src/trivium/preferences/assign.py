@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trivium.preferences.qualification import standing
 from trivium.preferences.store import Store, Task
 from trivium.records import AnnotatorKind, content_id
 
@@ -39,9 +40,13 @@ def next_task(
     """Return the task this annotator should judge next, leased to them, and how many are left (None and 0: nothing).
 
     Left are tasks with a place: fewer judgements of this kind, and leases of others, than their overlap, which the
-    annotator has neither judged nor skipped.
+    annotator has neither judged nor skipped. Who has failed a collection's qualification is asked nothing more of it.
     """
-    tasks = order(store.open_tasks(collection, annotator, kind), annotator)
+    found = store.open_tasks(collection, annotator, kind)
+    shut = {
+        name for name in {task.collection for task in found} if standing(store, annotator, name, kind).passed is False
+    }
+    tasks = order([task for task in found if task.collection not in shut], annotator)
     taken = store.lease(tasks, annotator, kind)
     return taken, len(tasks) if taken else 0
 

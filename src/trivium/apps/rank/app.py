@@ -17,6 +17,7 @@ from trivium.apps.rank.failures import AsciiJSONResponse, explain_errors
 from trivium.apps.rank.markup import tree
 from trivium.apps.rank.security import LOOPBACK, Guard
 from trivium.preferences.assign import next_task, order_shown
+from trivium.preferences.qualification import standings
 from trivium.preferences.store import People, Refused, Store, Task, UnknownTask
 from trivium.records import Demonstration, Ranking
 
@@ -105,6 +106,7 @@ def create_app(
         progress = store.progress(collection, KIND, annotator)
         return {
             "task": None if found is None else _shown(store, found, annotator),
+            "shut": found is None and any(not s.passed for s in standings(store, annotator, collection)),
             "progress": {
                 "done": progress.done,
                 "left": left,
@@ -181,11 +183,13 @@ def _task(store: Store, identifier: str, collection: str | None) -> Task:
 
 
 def _shown(store: Store, task: Task, annotator: str) -> dict[str, Any]:
-    """Return what the annotator may see: texts in their order, nothing of who wrote them."""
+    """Return what the annotator may see: texts in their order, what is asked for, nothing of who wrote them."""
     completions = store.completions(task.completion_ids)
     shown = [completions[name] for name in order_shown(task, annotator)]
     messages = [each | {"tree": tree(each["content"])} for each in store.prompt(task.prompt_id).as_dicts()]
     responses = [
         {"text": each.text, "tree": tree(each.text), "cut_off": each.finish_reason == "length"} for each in shown
     ]
-    return {"id": task.id, "messages": messages, "responses": responses}
+    told, _ = store.description(task.collection)
+    instructions = {"text": told, "tree": tree(told)} if told else None
+    return {"id": task.id, "messages": messages, "responses": responses, "instructions": instructions}

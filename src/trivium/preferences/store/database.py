@@ -161,6 +161,21 @@ class Store:
         with self.writing() as connection:
             return assignment.add_known(connection, collection, items, purpose)
 
+    def describe(self, collection: str, *, instructions: str, pass_mark: float = 0.0) -> None:
+        """Set what annotators of a collection are told, and the share of known pairs that newcomers must get right."""
+        row = {"name": collection, "instructions": instructions, "pass_mark": pass_mark}
+        with self.writing() as connection:
+            connection.execute(schema.collections.delete().where(schema.collections.c.name == collection))
+            connection.execute(schema.collections.insert(), row)
+
+    def description(self, collection: str) -> tuple[str, float]:
+        """Return a collection's instructions (empty: none) and its pass mark."""
+        table = schema.collections
+        query = sa.select(table.c.instructions, table.c.pass_mark).where(table.c.name == collection)
+        with self.reading() as connection:
+            found = connection.execute(query).first()
+        return ("", 0.0) if found is None else (found[0], found[1])
+
     def set_priorities(self, priorities: Mapping[str, float]) -> None:
         """Set how much an answer to each of these tasks would teach; the higher are asked first."""
         with self.writing() as connection:
@@ -303,16 +318,16 @@ class Store:
     def progress(
         self, collection: str | None = None, kind: AnnotatorKind = "human", annotator: str | None = None
     ) -> Progress:
-        """Return how far a collection is with judgements of `kind`; of one annotator alone where named.
+        """Return how far the ordinary tasks of a collection are with judgements of `kind`, or one annotator with them.
 
         For an annotator, `done` counts the tasks they have judged; `mean_seconds` is their pace (0 before the first).
         """
-        tasks = self.tasks(collection, kind=kind)
-        answers, skips = schema.rankings, schema.skips
+        tasks = [task for task in self.tasks(collection, kind=kind) if task.purpose == "rank"]
+        answers, skips, ordinary = schema.rankings, schema.skips, schema.tasks.c.purpose == "rank"
         given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(schema.tasks))
-        given = given.where(answers.c.kind == kind, answers.c.revision == 0)
+        given = given.where(answers.c.kind == kind, answers.c.revision == 0, ordinary)
         passed = sa.select(skips.c.task_id, skips.c.annotator).select_from(skips.join(schema.tasks))
-        passed = passed.where(skips.c.kind == kind)
+        passed = passed.where(skips.c.kind == kind, ordinary)
         if annotator is not None:
             given = given.where(answers.c.annotator == annotator)
         with self.reading() as connection:

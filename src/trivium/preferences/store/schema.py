@@ -123,6 +123,13 @@ demonstrations = sa.Table(
     sa.Column("created_at", sa.String(40), nullable=False),
 )
 
+collections = sa.Table(
+    "collections",
+    metadata,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("instructions", JsonText, nullable=False),
+    sa.Column("pass_mark", sa.Float, nullable=False),
+)
 leases = sa.Table(
     "leases",
     metadata,

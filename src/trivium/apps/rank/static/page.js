@@ -4,19 +4,22 @@ import { Refusal, fetchTask, newKey, post } from "./api.js";
 import { draggable, target } from "./drag.js";
 import { onFlag, openFlag } from "./flag.js";
 import { fill } from "./markup.js";
+import { drawProgress } from "./progress.js";
 import { Ranking } from "./ranking.js";
 import { bind, settings } from "./settings.js";
 
 /** @param {string} id @returns {any} */
 const at = (id) => document.getElementById(id);
 const ORDINALS = ["", "1st", "2nd", "3rd"];
-/** @param {number} rank */
-const ordinal = (rank) => ORDINALS[rank] ?? `${rank}th`;
+const ordinal = (/** @type {number} */ rank) => ORDINALS[rank] ?? `${rank}th`;
 const SPEAKERS = { user: "User", assistant: "Assistant", system: "Instructions", tool: "Tool" };
+
+const SHUT =
+  "The first questions had known answers, and too many of yours differ. Please talk to whoever invited you.";
 
 let annotator = "";
 /** @typedef {import("./markup.js").Tree[] | null} Markup */
-/** @type {{id: string, messages: {role: string, content: string, tree: Markup}[], responses: {text: string, tree: Markup, cut_off: boolean}[]} | null} */
+/** @type {{id: string, messages: {role: string, content: string, tree: Markup}[], responses: {text: string, tree: Markup, cut_off: boolean}[], instructions: {text: string, tree: Markup} | null} | null} */
 let task = null;
 let ranking = new Ranking(0);
 let key = "";
@@ -44,23 +47,10 @@ function show(which) {
   at("bar").parentElement.hidden = which === "door";
 }
 
-/** @param {number} total */
-function duration(total) {
-  const minutes = Math.round(total / 60);
-  if (minutes < 1) return "under a minute";
-  return minutes < 90 ? `${minutes} min` : `${Math.round(minutes / 6) / 10} h`;
-}
-
-/** @param {{done: number, left: number, skipped: number, mean_seconds: number}} progress */
-function drawProgress(progress) {
-  at("bar").max = Math.max(1, progress.done + progress.left);
-  at("bar").value = progress.done;
-  const parts = [`${progress.done} done`, `${progress.left} to go`];
-  if (progress.left && progress.mean_seconds) parts.push(`about ${duration(progress.left * progress.mean_seconds)}`);
-  at("progress-text").textContent = parts.join(" · ");
-  at("done-text").textContent =
-    `You have ranked ${progress.done} and skipped ${progress.skipped}. Thank you. ` +
-    "When new responses have been collected, they appear here.";
+/** @param {Error} error */
+function inTrouble(error) {
+  at("trouble-text").textContent = error.message;
+  show("trouble");
 }
 
 function drawTask() {
@@ -76,6 +66,9 @@ function drawTask() {
     }),
   );
   at("responses").replaceChildren(...task.responses.map(card));
+  const told = task.instructions;
+  at("instructions").hidden = !told;
+  if (told) fill(at("instructions-text"), told.text, told.tree, settings.formatted);
 }
 
 /** @param {{text: string, tree: Markup, cut_off: boolean}} response @param {number} index */
@@ -273,9 +266,7 @@ async function next(news = "") {
     answer = await fetchTask(annotator);
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    at("trouble-text").textContent = error.message;
-    show("trouble");
-    return;
+    return inTrouble(error);
   }
   task = answer.task;
   ranking = new Ranking(task ? task.responses.length : 0);
@@ -283,6 +274,7 @@ async function next(news = "") {
   seconds = 0;
   at("clock").textContent = "0:00";
   drawProgress(answer.progress);
+  if (answer.shut) at("done-text").textContent = SHUT;
   for (const id of ["rationale", "ideal"]) at(id).value = "";
   for (const id of ["why", "demonstrate"]) at(id).open = false;
   show(task ? "work" : "done");
@@ -318,7 +310,8 @@ function openDemonstration() {
 /** @type {Record<string, () => unknown>} */
 const KEYS = {
   "=": tie, t: tie, Backspace: undo, n: none, s: () => at("skip-dialog").showModal(), d: openDemonstration,
-  f: () => openFlag(task?.responses.length ?? 0), "?": () => at("help-dialog").showModal(), Enter: submit,
+  i: () => at("instructions").toggleAttribute("open"), f: () => openFlag(task?.responses.length ?? 0),
+  "?": () => at("help-dialog").showModal(), Enter: submit,
 };
 
 document.addEventListener("keydown", (event) => {
@@ -393,7 +386,4 @@ door
     if (known) enter(known);
     else askName();
   })
-  .catch((error) => {
-    at("trouble-text").textContent = error.message;
-    show("trouble");
-  });
+  .catch(inTrouble);

@@ -1,4 +1,4 @@
-"""Schema 2: people with roles, invitations and sessions; leases, flags; what a task is for."""
+"""Schema 2: people with roles, invitations and sessions; leases, flags, instructions; what a task is for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def upgrade() -> None:
     op.add_column("tasks", sa.Column("repeat_of", sa.String(64), nullable=True))
     op.add_column("tasks", sa.Column("gold", sa.Text(), nullable=True))
     op.add_column("tasks", sa.Column("priority", sa.Float(), nullable=False, server_default="0"))
+    op.create_table(
+        "collections",
+        sa.Column("name", sa.String(200), primary_key=True),
+        sa.Column("instructions", sa.Text(), nullable=False),
+        sa.Column("pass_mark", sa.Float(), nullable=False),
+    )
     op.create_table(
         "leases",
         sa.Column("task_id", sa.String(64), sa.ForeignKey("tasks.id"), primary_key=True),
@@ -58,7 +64,7 @@ def downgrade() -> None:
 
     Tasks that were no ordinary question (repeats, gold) stay too, as ordinary ones: their judgements refer to them.
     """
-    for table in ("sessions", "invitations", "people", "flags", "leases"):
+    for table in ("sessions", "invitations", "people", "flags", "leases", "collections"):
         op.drop_table(table)
     for column in ("priority", "gold", "repeat_of", "purpose"):
         op.drop_column("tasks", column)
