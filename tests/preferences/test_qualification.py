@@ -4,7 +4,7 @@ import pytest
 
 from trivium.preferences.assign import next_task
 from trivium.preferences.comparisons import wins_by_prompt, with_a_choice
-from trivium.preferences.qualification import pairs_right, standing, standings
+from trivium.preferences.qualification import pairs_right, shut_out, standing
 from trivium.records import Completion, Ranking
 
 from .test_store import ask
@@ -50,7 +50,7 @@ def test_who_fails_is_asked_nothing_more_and_who_passes_is(store):
         assert found.right == pytest.approx(right) and found.passed is (right >= 0.7)
         task, left = next_task(store, name)
         assert (task is not None, left) == ((True, 1) if right >= 0.7 else (False, 0))
-        assert standings(store, name, None) == [found]
+        assert shut_out(store, name, None) == (frozenset() if right >= 0.7 else {"c"})
     assert store.progress("c").tasks == 1, "questions about annotators are no part of the work to be done"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trivium.preferences.qualification import standing
+from trivium.preferences.qualification import shut_out
 from trivium.preferences.store import Store, Task
 from trivium.records import AnnotatorKind, content_id
 
@@ -42,11 +42,9 @@ def next_task(
     Left are tasks with a place: fewer judgements of this kind, and leases of others, than their overlap, which the
     annotator has neither judged nor skipped. Who has failed a collection's qualification is asked nothing more of it.
     """
-    found = store.open_tasks(collection, annotator, kind)
-    shut = {
-        name for name in {task.collection for task in found} if standing(store, annotator, name, kind).passed is False
-    }
-    tasks = order([task for task in found if task.collection not in shut], annotator)
+    shut = shut_out(store, annotator, collection, kind)
+    found = [task for task in store.open_tasks(collection, annotator, kind) if task.collection not in shut]
+    tasks = order(found, annotator)
     taken = store.lease(tasks, annotator, kind)
     return taken, len(tasks) if taken else 0
 

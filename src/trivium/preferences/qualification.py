@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trivium.preferences.store import Store
+from trivium.preferences.store import Store, Task
 from trivium.records import AnnotatorKind
 
 Groups = Sequence[Sequence[str]]
@@ -43,19 +43,25 @@ def pairs_right(given: Groups, known: Groups) -> tuple[float, int]:
 
 def standing(store: Store, annotator: str, collection: str, kind: AnnotatorKind = "human") -> Standing:
     """Return how an annotator stands with a collection's qualification."""
-    asked = [task for task in store.tasks(collection, kind=kind) if task.purpose == "qualify"]
+    return _standing(store, annotator, collection, kind, store.questions(collection, "qualify"))
+
+
+def shut_out(store: Store, annotator: str, collection: str | None, kind: AnnotatorKind = "human") -> frozenset[str]:
+    """Return the collections (of the one asked about, or of all) of which this annotator failed the qualification."""
+    found = store.questions(collection, "qualify")
+    names = {task.collection for task in found}
+    every = {
+        name: _standing(store, annotator, name, kind, [t for t in found if t.collection == name]) for name in names
+    }
+    return frozenset(name for name, each in every.items() if each.passed is False)
+
+
+def _standing(store: Store, annotator: str, collection: str, kind: AnnotatorKind, asked: Sequence[Task]) -> Standing:
     rows = store.ranking_rows(collection, [kind], purposes=("qualify",)) if asked else []
     answers = {row["task_id"]: row["groups"] for row in rows if row["annotator"] == annotator}
     scores = [pairs_right(answers[task.id], task.gold) for task in asked if task.id in answers]
     total = sum(number for _, number in scores)
     right = sum(score for score, _ in scores) / total if total else 1.0
-    pass_mark = store.description(collection)[1]
+    pass_mark = store.description(collection)[1] if asked else 0.0
     passed = right >= pass_mark if len(answers) == len(asked) else None
     return Standing(asked=len(asked), answered=len(answers), right=right, pass_mark=pass_mark, passed=passed)
-
-
-def standings(store: Store, annotator: str, collection: str | None, kind: AnnotatorKind = "human") -> list[Standing]:
-    """Return how an annotator stands with each collection asked about (None: all) whose qualification they ended."""
-    names = sorted({task.collection for task in store.tasks(collection, kind=kind) if task.purpose == "qualify"})
-    found = [standing(store, annotator, name, kind) for name in names]
-    return [each for each in found if each.passed is not None]

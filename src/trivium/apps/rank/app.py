@@ -17,7 +17,7 @@ from trivium.apps.rank.failures import AsciiJSONResponse, explain_errors
 from trivium.apps.rank.markup import tree
 from trivium.apps.rank.security import LOOPBACK, Guard
 from trivium.preferences.assign import next_task, order_shown
-from trivium.preferences.qualification import standings
+from trivium.preferences.qualification import shut_out
 from trivium.preferences.store import People, Refused, Store, Task, UnknownTask
 from trivium.records import Demonstration, Ranking
 
@@ -106,7 +106,7 @@ def create_app(
         progress = store.progress(collection, KIND, annotator)
         return {
             "task": None if found is None else _shown(store, found, annotator),
-            "shut": found is None and any(not s.passed for s in standings(store, annotator, collection)),
+            "shut": found is None and bool(shut_out(store, annotator, collection, KIND)),
             "progress": {
                 "done": progress.done,
                 "left": left,

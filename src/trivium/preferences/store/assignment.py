@@ -78,8 +78,8 @@ def take(
     own = (table.c.annotator == annotator) & (table.c.kind == kind) & (table.c.expires_at > rows.now())
     holding = set(connection.scalars(sa.select(table.c.task_id).where(own)))
     for task in sorted(tasks, key=lambda task: task.id not in holding):
-        # The row's lock makes two who want the last place wait for each other on PostgreSQL; SQLite has one writer.
-        connection.execute(sa.select(schema.tasks.c.id).where(schema.tasks.c.id == task.id).with_for_update())
+        if connection.dialect.name == "postgresql":  # two who want the last place wait for each other
+            connection.execute(sa.select(schema.tasks.c.id).where(schema.tasks.c.id == task.id).with_for_update())
         if task.purpose == "rank":
             judged = len(_judged_by(connection, task.id, kind))
             if judged + _held(connection, annotator, kind).get(task.id, 0) >= task.overlap:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from trivium.config import UserError
-from trivium.preferences.store import assignment, export, rows, schema, versions
+from trivium.preferences.store import assignment, batches, export, rows, schema, versions
 from trivium.preferences.store.judgements import (
     Purpose,
     Refused,
@@ -24,24 +22,9 @@ from trivium.preferences.store.judgements import (
     distinct,
     task_id,
 )
+from trivium.preferences.store.progress import Progress, progress
 from trivium.preferences.store.submission import submit
 from trivium.records import AnnotatorKind, Completion, Conversation, Demonstration, Ranking
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a collection is: `done` tasks have all the judgements wanted of this kind.
-
-    `waiting` tasks lack some even when every skip counts as an answer: what a pipeline should still wait for, since a
-    task that all its annotators passed on will never be done.
-    """
-
-    tasks: int
-    done: int
-    waiting: int
-    rankings: int
-    skips: int
-    mean_seconds: float
 
 
 class Store:
@@ -58,6 +41,7 @@ class Store:
         self.name = self._engine.url.render_as_string(hide_password=True).removeprefix("sqlite:///")
         # SQLite has one writer; threads that wait for a lock of ours wake at once, where the database's own would poll.
         self._writer = threading.RLock()
+        self._batches = batches.Batches(self.writing, self._writer)
         if self._engine.dialect.name == "sqlite":
             file = Path(self._engine.url.database or "")
             if not create and not file.is_file():
@@ -124,6 +108,12 @@ class Store:
             query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
             return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
 
+    def questions(self, collection: str | None, purpose: Purpose) -> list[Task]:
+        """Return the tasks of one purpose, their judgements not counted."""
+        query = sa.select(schema.tasks).where(schema.tasks.c.purpose == purpose)
+        with self.reading() as connection:
+            return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+
     def task(self, identifier: str, *, kind: AnnotatorKind = "human") -> Task:
         """Return one task. Raises UnknownTask."""
         with self.reading() as connection:
@@ -143,7 +133,7 @@ class Store:
         self, tasks: Iterable[Task], annotator: str, kind: AnnotatorKind = "human", seconds: float = assignment.LEASE_S
     ) -> Task | None:
         """Keep the first of these tasks that still has a place for this annotator, and return it; None if none has."""
-        with self.writing() as connection:
+        with self.writing(durable=False) as connection:
             return assignment.take(connection, tasks, annotator, kind, seconds)
 
     def add_repeats(self, collection: str, fraction: float, seed: int = 0) -> int:
@@ -201,8 +191,14 @@ class Store:
         refuses (Full) one more than the task wants from an annotator without a live lease.
         Raises Refused (nothing is stored) for a ranking that does not place the task's completions, each once.
         """
-        with self.writing() as connection:
+
+        def store(connection: Connection) -> bool:
             return submit(connection, ranking, collection, idempotency_key, task, revise, within_overlap)
+
+        if self._engine.dialect.name == "sqlite":
+            return self._batches.run(store)
+        with self.writing() as connection:
+            return store(connection)
 
     def submit_many(self, rankings: Iterable[tuple[Ranking, str, str]], collection: str) -> int:
         """Store (ranking, idempotency key, task) in one transaction, all or none, and return how many were new.
@@ -320,28 +316,11 @@ class Store:
     ) -> Progress:
         """Return how far the ordinary tasks of a collection are with judgements of `kind`, or one annotator with them.
 
-        For an annotator, `done` counts the tasks they have judged; `mean_seconds` is their pace (0 before the first).
+        For an annotator, `done` counts the tasks they have judged, `waiting` those they have neither judged nor
+        skipped; `mean_seconds` is their pace (0 before the first).
         """
-        tasks = [task for task in self.tasks(collection, kind=kind) if task.purpose == "rank"]
-        answers, skips, ordinary = schema.rankings, schema.skips, schema.tasks.c.purpose == "rank"
-        given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(schema.tasks))
-        given = given.where(answers.c.kind == kind, answers.c.revision == 0, ordinary)
-        passed = sa.select(skips.c.task_id, skips.c.annotator).select_from(skips.join(schema.tasks))
-        passed = passed.where(skips.c.kind == kind, ordinary)
-        if annotator is not None:
-            given = given.where(answers.c.annotator == annotator)
         with self.reading() as connection:
-            number, pace = connection.execute(rows.within(given, collection)).one()
-            skipped = connection.execute(rows.within(passed, collection)).all()
-        passes = Counter(task for task, _ in skipped)
-        return Progress(
-            tasks=len(tasks),
-            done=number if annotator is not None else sum(t.judgements >= t.overlap for t in tasks),
-            waiting=sum(t.judgements + passes[t.id] < t.overlap for t in tasks),
-            rankings=number,
-            skips=sum(annotator in (None, who) for _, who in skipped),
-            mean_seconds=float(pace or 0.0),
-        )
+            return progress(connection, collection, kind, annotator)
 
     def digest(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> str:
         """Return the SHA-256 of what `rankings` says: equal judgements, equal digest, whenever they were given."""
@@ -374,9 +353,12 @@ class Store:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction that is committed at the end, or rolled back as a whole."""
-        options = {"trivium_writes": True}
+    def writing(self, *, durable: bool = True) -> Iterator[Connection]:
+        """Yield a connection in a transaction that is committed at the end, or rolled back as a whole.
+
+        What is not `durable` may be forgotten in a power cut (never half written), and is not waited for.
+        """
+        options = {"trivium_writes": True, "trivium_durable": durable}
         with self._explained(), self._writer, self._engine.connect().execution_options(**options) as connection:
             with connection.begin():
                 yield connection
