@@ -217,12 +217,6 @@ def test_the_page_escapes_the_given_name(store):
     assert "<script>alert" not in client.get("/").text
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org", ""])
-def test_other_machines_are_kept_out_unless_asked_for(tmp_path, host):
-    with pytest.raises(UserError, match="--allow-remote"):
-        serve(tmp_path, host=host)
-
-
 def test_serve_explains_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="no preference database"):
         serve(tmp_path)

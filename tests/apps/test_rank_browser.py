@@ -13,7 +13,7 @@ import uvicorn
 
 from trivium.apps.rank import create_app
 from trivium.preferences.assign import order_shown
-from trivium.preferences.store import Store
+from trivium.preferences.store import People, Store
 from trivium.records import Completion, Conversation, Message
 
 pytestmark = pytest.mark.browser
@@ -172,7 +172,7 @@ def test_by_mouse_with_a_name_to_give_first(visit, store):
     page.click("#undo")
     cards.nth(2).locator(".place").click()
     shoot(page, "mouse-dark")
-    page.click("summary >> nth=0")
+    page.click("#why summary")
     page.fill("#rationale", "s t n 1 = are only letters here")
     page.click("#submit")
     page.wait_for_selector("#done:not([hidden])")
@@ -207,7 +207,13 @@ def test_attacks_in_prompt_and_responses_are_shown_as_text(visit, store):
     page = visit(width=390, height=844, annotator="<b>Eve</b>")
     page.wait_for_selector(".card >> nth=3")
     texts = page.locator(".card .text").evaluate_all("all => all.map((each) => each.textContent)")
+    # Bytes that Markdown gives a meaning to aside, every word is there to be read.
     assert sorted(texts) == sorted(ATTACKS)
+    page.keyboard.press("?")
+    page.uncheck("#formatted")
+    page.keyboard.press("Escape")
+    texts = page.locator(".card .text").evaluate_all("all => all.map((each) => each.textContent)")
+    assert sorted(texts) == sorted(ATTACKS), "as it was written, to the character"
     assert page.locator("#who").inner_text() == "<b>Eve</b>"
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None
@@ -328,3 +334,137 @@ def test_the_clock_runs_and_the_time_is_stored(visit, store):
     page.keyboard.press("Enter")
     page.wait_for_selector("#done:not([hidden])")
     assert 0.5 <= store.rankings()[0].seconds <= 30
+
+
+MARKDOWN = """# Bees
+
+Mira keeps **three** hives, see [the mill](https://example.org/mill "x") and [not this](javascript:alert(1)):
+
+1. `two` of hers
+2. one of Tom's
+
+| jar | crowns |
+| --- | --- |
+| small | 4 |
+
+```python
+print("<b>not bold</b>")
+```
+
+The sum is $\\frac{1}{2}$ and ![a picture](https://example.org/spy.png) is not fetched."""
+
+
+def test_markdown_is_elements_and_never_html(visit, store):
+    add_task(store, "Show me *all*.", [MARKDOWN, "plain"])
+    page = visit(annotator="Ada")
+    page.wait_for_selector(".card >> nth=1")
+    shoot(page, "markdown")
+    card = page.locator(".card", has_text="three")
+    count = {
+        tag: card.locator(f".text {tag}").count()
+        for tag in ("strong", "ol li", "td", "pre", "code", "a", "img", "b", "h1")
+    }
+    assert count == {"strong": 1, "ol li": 2, "td": 2, "pre": 1, "code": 2, "a": 1, "img": 0, "b": 0, "h1": 0}
+    link = card.locator(".text a")
+    assert (link.get_attribute("href"), link.get_attribute("target")) == ("https://example.org/mill", "_blank")
+    assert "noopener" in link.get_attribute("rel")
+    assert card.locator("pre").inner_text() == 'print("<b>not bold</b>")'
+    assert card.locator(".math").inner_text() == "$\\frac{1}{2}$"
+    assert "[not this](javascript:alert(1))" in card.inner_text()
+    assert page.complaints == []
+
+
+def test_ranking_by_dragging(visit, store):
+    add_task(store, "q", TEXTS)
+    page = visit(annotator="Ada")
+    page.wait_for_selector(".card >> nth=3")
+    heads = page.locator(".card > header")
+    heads.nth(2).drag_to(page.locator("#order"))
+    heads.nth(0).drag_to(page.locator("#order"))
+    heads.nth(3).drag_to(page.locator(".card").nth(2))  # right before the first
+    badges = page.locator(".badge").all_inner_texts()
+    assert badges == ["3rd", "last", "2nd", "1st"]
+    page.click("#submit")
+    page.wait_for_selector("#done:not([hidden])")
+    shown = order_shown(store.tasks()[0], "Ada")
+    assert store.rankings()[0].groups == tuple((shown[place],) for place in (3, 2, 0, 1))
+
+
+def test_the_fast_path_for_pairs(visit, store):
+    for number in range(3):
+        add_task(store, f"q{number}", TEXTS[:2])
+    page = visit(annotator="Ada")
+    page.wait_for_selector(".card >> nth=1")
+    page.keyboard.press("?")
+    page.check("#fast")
+    page.keyboard.press("Escape")
+    for number in range(3):
+        with page.expect_response("**/api/rank"):
+            page.keyboard.press("2" if number else "1")
+        page.wait_for_selector(f"#progress-text:has-text('{number + 1} done')", state="attached")
+    page.wait_for_selector("#done:not([hidden])")
+    assert len(store.rankings()) == 3
+
+
+def test_a_flag_by_keyboard_is_stored_beside_the_ranking(visit, store):
+    add_task(store, "q", TEXTS)
+    page = visit(annotator="Ada")
+    page.wait_for_selector(".card >> nth=3")
+    page.keyboard.press("f")
+    page.select_option("#flag-which", "1")
+    page.fill("#flag-note", "dangerous")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status:has-text('Response 2 is flagged')")
+    assert store.counts()["flags"] == 1
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_serious_fault(visit, store, width):
+    from axe_playwright_python.sync_playwright import Axe
+
+    add_task(store, "q", [MARKDOWN, *TEXTS[:3]])
+    page = visit(width=width, annotator="Ada", **{"height": 900})
+    page.wait_for_selector(".card >> nth=3")
+    page.keyboard.press("1")
+    for step in ("ranking", "help", "flag", "skip"):
+        if step != "ranking":
+            page.keyboard.press({"help": "?", "flag": "f", "skip": "s"}[step])
+            page.wait_for_selector(f"#{step}-dialog[open]")
+        # The checker is a script of the test's, put in past the page's policy; the page itself may not do that.
+        found = Axe().run(page).response["violations"]
+        assert [
+            (each["id"], [node["html"][:120] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ] == []
+        page.keyboard.press("Escape")
+
+
+def test_an_invitation_opens_the_page_once(visit, store):
+    add_task(store, "q", TEXTS)
+    token = People(store).invite("Ada")
+    page = visit(accounts=True)
+    page.wait_for_selector("#door:not([hidden])")
+    assert not page.is_visible("#join") and not page.is_visible("#who")
+    shoot(page, "door")
+    page.goto(f"{page.url}#invitation={token}")
+    page.reload()
+    page.wait_for_selector("#join:not([hidden])")
+    shoot(page, "invited")
+    page.keyboard.press("Tab")
+    page.click("#join")
+    page.wait_for_selector(".card >> nth=3")
+    assert token not in page.url
+    assert page.locator("#who").inner_text() == "Ada"
+    assert page.evaluate("document.cookie") == "", "no script may read the session"
+    for key in ("1", "2", "3", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector("#done:not([hidden])")
+    assert store.rankings()[0].annotator == "Ada"
+    page.click("#who")
+    page.click("#sign-out")
+    page.wait_for_selector("#door:not([hidden])")
+    page.goto(f"{page.url}#invitation={token}")
+    page.reload()
+    page.click("#join")
+    page.wait_for_selector("#door-title:has-text('does not work')")

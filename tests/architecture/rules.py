@@ -173,6 +173,10 @@ UNNAMED = {
 """Declared packages that no line of ours names, and why they are declared."""
 
 
+IMPORTED_AS = {"markdown_it_py": "markdown_it"}
+"""Packages whose module has another name."""
+
+
 def dependency_violations(root: Path) -> list[str]:
     """Return what the package imports and does not declare, and what it declares and does not use."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -196,7 +200,8 @@ def dependency_violations(root: Path) -> list[str]:
 
 
 def _package(requirement: str) -> str:
-    return re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("-", "_")
+    name = re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("-", "_")
+    return IMPORTED_AS.get(name, name)
 
 
 def _imports(node: ast.AST) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -355,3 +356,39 @@ def test_an_ai_judge_behind_an_endpoint_ranks_as_ai(make: Make, config: stage.Co
         for ranking in rankings:
             texts = [store.completion(group[0]).text for group in ranking.groups]
             assert texts == sorted(texts, key=lambda text: (len(text), text), reverse=True)
+
+
+def test_two_policies_write_half_each_and_nobody_sees_which(make: Make, config: stage.Config, folders: Folders) -> None:
+    """Responses name the run that wrote them; the win rate of the first over the second is that of the rankings."""
+    older = shutil.copytree(folders.policy, folders.policy.parent / "older")
+    run = make("duel", parents={"policy": folders.policy, "against": older})
+    stage.run(dataclasses.replace(config, num_responses=4, against="sft@latest"), run)
+    with Store(run.workspace / "preferences.db") as store:
+        tasks, rankings = store.tasks(run.id), store.rankings(run.id)
+        for task in tasks:
+            policies = [store.completion(name).policy for name in task.completion_ids]
+            assert set(policies) <= {
+                f"{run.manifest.parents['policy']}@final",
+                f"{run.manifest.parents['against']}@final",
+            }
+    assert run.manifest.parents["policy"] != run.manifest.parents["against"]
+    (result,) = [r for r in run.finish("done").results if r.task == "win_rate_vs_against@1"]
+    assert 0 <= result.low <= result.value <= result.high <= 1
+    assert result.n <= len({r.prompt_id for r in rankings})
+
+
+def test_questions_about_annotators_are_asked_beside_the_tasks(make: Make, config: stage.Config, tmp_path) -> None:
+    """Instructions, known answers and repeats are stored; the run waits for the ordinary tasks alone."""
+    (tmp_path / "how.md").write_text("Prefer **true** ones.")
+    known = [{"prompt": "2 + 2?", "responses": ["4", "5"], "rank": [1, 2]}]
+    write_jsonl(tmp_path / "known.jsonl", known)
+    human = dataclasses.replace(
+        config, annotators="people", overlap=1, instructions="how.md", gold=("known.jsonl",),
+        qualification=("known.jsonl",), pass_mark=0.5, repeat_frac=1.0,
+    )  # fmt: skip
+    run = make("asked")
+    with pytest.raises(Waiting, match="4 prompts to rank"):
+        stage.run(human, run)
+    with Store(run.workspace / "preferences.db") as store:
+        assert Counter(t.purpose for t in store.tasks(run.id)) == {"rank": 4, "repeat": 4, "gold": 1, "qualify": 1}
+        assert store.description(run.id) == ("Prefer **true** ones.", 0.5)

@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus run, serve, rank, dashboard, report, chat and doctor.
+"""The command line: one verb per stage, plus run, serve, rank, people, database, dashboard, report, chat, doctor.
 
 The list of verbs is static and everything else is imported when its verb is used, so that `trivium --help` answers at
 once. A foreseeable mistake ends in one sentence on standard error and a non-zero exit code, never in a traceback.
@@ -15,9 +15,9 @@ from trivium import __version__
 from trivium.cli.verbs import TOOLS, help_text
 from trivium.config import STAGES, ConfigError, UserError, is_disk_full, suggest
 
-EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "matplotlib", "plotly", "pydantic"), "web") | dict.fromkeys(
-    ("trafilatura", "pyarrow", "py3langid", "datasets"), "data"
-)
+EXTRAS = dict.fromkeys(
+    ("fastapi", "uvicorn", "markdown_it", "mdit_py_plugins", "matplotlib", "plotly", "pydantic"), "web"
+) | dict.fromkeys(("trafilatura", "pyarrow", "py3langid", "datasets"), "data")
 """Which extra brings a package that a verb may miss."""
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -74,6 +74,10 @@ def _dispatch(words: list[str]) -> int:
         from trivium.cli import doctor
 
         return doctor.run(rest)
+    if verb in ("people", "database"):
+        from trivium.cli import judgements
+
+        return judgements.run(verb, rest)
     if verb in TOOLS:
         from trivium.cli import pages
 

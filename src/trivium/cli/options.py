@@ -128,8 +128,8 @@ class RankOptions(PageOptions):
     """Rank only what this run of collect_comparisons collected; by default everything that waits."""
     annotator: str = ""
     """The name that the page fills in."""
-    allow_remote: bool = False
-    """Let other machines in; there are no accounts yet, so only where the network is trusted."""
+    accounts: bool = False
+    """Let in only people who were invited, as everywhere but on this machine alone (for a page behind a proxy)."""
     database: str | None = None
     """A database elsewhere, e.g. postgresql+psycopg://...; by default preferences.db of the workspace."""
 

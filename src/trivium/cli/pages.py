@@ -27,7 +27,7 @@ def _rank(words: Sequence[str]) -> int:
         options.port,
         options.collection,
         options.annotator,
-        allow_remote=options.allow_remote,
+        accounts=options.accounts,
         database=options.database,
     )
     return 0

@@ -12,6 +12,8 @@ TOOLS = {
     "run": "A recipe, stage by stage: skips what is done, resumes what was cut off, redoes what changed.",
     "serve": "An OpenAI-compatible API and a chat page that puts the stages side by side.",
     "rank": "The page on which people rank responses and write ideal ones.",
+    "people": "Accounts for the rank page: invite NAME, list, revoke NAME.",
+    "database": "The judgements: backup FILE, restore FILE, export FILE, upgrade, downgrade VERSION.",
     "dashboard": "A live walkthrough of your own run: curves, samples, specimens, lineage.",
     "report": "The measured comparison of the stages, as HTML, Markdown and JSON.",
     "chat": "Talk to a model in the terminal.",

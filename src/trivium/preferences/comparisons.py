@@ -103,3 +103,38 @@ def split_by_prompt(
         [ranking for ranking in rankings if ranking.prompt_id not in heldout],
         [ranking for ranking in rankings if ranking.prompt_id in heldout],
     )
+
+
+def with_a_choice(
+    prompts: Sequence[Conversation], completions: Sequence[Completion], group: int
+) -> list[tuple[Conversation, list[Completion]]]:
+    """Return each prompt of `group` neighbours with its distinct texts.
+
+    One whose completions are all a single text, or empty, leaves nothing to choose and is left out.
+    """
+    found = []
+    for start in range(0, len(prompts), group):
+        distinct = {c.text: c for c in completions[start : start + group] if c.text.strip()}
+        if len(distinct) > 1:
+            found.append((prompts[start], list(distinct.values())))
+    return found
+
+
+def wins_by_prompt(
+    rankings: Iterable[Ranking], policy_of: Mapping[str, str], ours: str, theirs: str
+) -> tuple[list[float], list[float]]:
+    """Return, prompt by prompt, the points of our policy's completions against theirs (a tie is half) and the pairs.
+
+    Sums of the first over sums of the second are the win rate; whole prompts are what an interval resamples.
+    """
+    points: dict[str, float] = {}
+    pairs: dict[str, float] = {}
+    for ranking in rankings:
+        place = {name: rank for rank, group in enumerate(ranking.groups) for name in group}
+        mine = [rank for name, rank in place.items() if policy_of[name] == ours]
+        others = [rank for name, rank in place.items() if policy_of[name] == theirs]
+        won = sum(1.0 if a < b else 0.5 if a == b else 0.0 for a, b in itertools.product(mine, others))
+        points[ranking.prompt_id] = points.get(ranking.prompt_id, 0.0) + won
+        pairs[ranking.prompt_id] = pairs.get(ranking.prompt_id, 0.0) + len(mine) * len(others)
+    compared = [name for name, number in pairs.items() if number]
+    return [points[name] for name in compared], [pairs[name] for name in compared]

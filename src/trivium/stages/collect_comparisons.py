@@ -12,6 +12,7 @@ the kind that code declares, `ai` or `simulated`, never as `human`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,8 +23,10 @@ from trivium.config import CodeRef, ConfigError, InputPath, Ref, UserError, Wait
 from trivium.data.sources import load_preferences
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
+from trivium.evals.stats import ratio_interval
 from trivium.models.hf import load_model
 from trivium.preferences.agreement import agreement
+from trivium.preferences.comparisons import wins_by_prompt, with_a_choice
 from trivium.preferences.store import Store
 from trivium.preferences.store.judgements import task_id
 from trivium.records import (
@@ -48,6 +51,8 @@ class Config:
 
     policy: Ref = "sft@latest"
     """The chat model that writes the responses."""
+    against: Ref = ""
+    """A second model that writes half of the responses, unknown to who ranks: which of the two is better?"""
     prompts: tuple[InputPath, ...] = ()
     """Files of prompts, or code that yields them."""
     options: dict[str, int] = field(default_factory=dict)
@@ -62,12 +67,23 @@ class Config:
     """Files of rankings given elsewhere (pairs, K-way, several annotators), read in as human judgements."""
     max_rankings: int = 0
     """Read at most this many rankings from files; 0 means all."""
+    instructions: InputPath = ""
+    """A text or Markdown file that people see beside each task."""
+    gold: tuple[InputPath, ...] = ()
+    """Files of rankings known to be right, asked of everybody now and then: they measure the annotators."""
+    qualification: tuple[InputPath, ...] = ()
+    """The same, asked of each newcomer first."""
+    pass_mark: float = 0.7
+    """Share of the qualification's pairs that a newcomer must put right (a tie is half) to be asked more."""
+    repeat_frac: float = 0.0
+    """Share of the tasks that come back to who ranked them, ten tasks later: is their own opinion stable?"""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How responses are sampled."""
 
     def __post_init__(self) -> None:
         """Refuse a task with nothing to compare."""
         bounds(self, num_responses=(2, 8), overlap=(1, None), max_rankings=(0, None))
+        bounds(self, pass_mark=(0, 1), repeat_frac=(0, 1))
         if not self.prompts and not self.rankings:
             raise ConfigError(
                 "prompts and rankings are both empty; name prompts to answer, or rankings given elsewhere"
@@ -105,6 +121,7 @@ def run(config: Config, run: Run) -> None:
     with Store(run.workspace / "preferences.db") as store:
         tasks = write_tasks(config, run) if config.prompts else []
         store.add_tasks(run.id, tasks, overlap=config.overlap)
+        ask_about_annotators(config, run, store)
         if config.rankings:
             import_rankings(config, run, store)
         if config.annotators != "people":
@@ -135,11 +152,22 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
     stop = frozenset({tokenizer.end_id, tokenizer.eos_id})
     repeated = [prompt for prompt in prompts.prompts for _ in range(config.num_responses)]
     encoded = [ids for ids in prompts.encoded for _ in range(config.num_responses)]
+    writers = [model]
+    if config.against:
+        writers.append(load_model(run.model("against"), device=device_of(run.settings)))
+        if Tokenizer.load(run.model("against")).fingerprint != tokenizer.fingerprint:
+            raise ConfigError("policy and against have different tokenizers; compare models of one family")
+    size = len(writers)
+    names = [run.manifest.parents[name] for name in ("policy", "against")[:size]]
     with run.progress("responses", len(encoded)) as advance:
-        generated = sample(model, encoded, config.sampling, stop_ids=stop, seed=run.seed, on_done=advance)
-    num_tokens = sum(len(g.token_ids) for g in generated)
+        # A prompt's places alternate between the writers; every place draws with random numbers of its own.
+        made = [
+            sample(each, encoded[k::size], config.sampling, stop_ids=stop, seed=run.seed + k, on_done=advance)
+            for k, each in enumerate(writers)
+        ]
+    generated = [(made[i % size][i // size], names[i % size]) for i in range(len(encoded))]
+    num_tokens = sum(len(g.token_ids) for g, _ in generated)
     run.spend(tokens=num_tokens, flops=model.config.flops_per_token(256) * (num_tokens + sum(map(len, encoded))))
-    policy = run.manifest.parents["policy"]
     completions = [
         Completion(
             prompt_id=prompt.id,
@@ -149,19 +177,31 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
             policy=f"{policy}@final",
             finish_reason=g.finish_reason,
         )
-        for prompt, g in zip(repeated, generated, strict=True)
+        for prompt, (g, policy) in zip(repeated, generated, strict=True)
     ]
-    tasks: list[Task] = []
-    # A prompt whose responses are all one text (or empty) has nothing to rank: it is left out, and counted.
-    for start in range(0, len(repeated), config.num_responses):
-        distinct = {c.text: c for c in completions[start : start + config.num_responses] if c.text.strip()}
-        if len(distinct) > 1:
-            tasks.append((repeated[start], list(distinct.values())))
+    tasks = with_a_choice(repeated, completions, config.num_responses)
     facts = {"prompts_too_long": prompts.too_long, "prompts_without_choice": len(prompts) - len(tasks)}
     run.note(**facts)
     atomic_write(counts, json.dumps(facts))
     write_jsonl(path, ({"prompt": to_dict(p), "completions": [to_dict(c) for c in cs]} for p, cs in tasks))
     return tasks
+
+
+def ask_about_annotators(config: Config, run: Run, store: Store) -> None:
+    """Store what people are told, and the questions that are about them: with known answers, and repeated."""
+    told = (run.base / config.instructions).read_text(encoding="utf-8") if config.instructions else ""
+    store.describe(run.id, instructions=told, pass_mark=config.pass_mark)
+
+    def known(specs: tuple[InputPath, ...]) -> list[tuple[Conversation, list[Completion], list[list[int]]]]:
+        rows = load_preferences(specs, base=run.base, seed=run.seed, strict=True)
+        return [
+            (prompt, [Completion(prompt_id=prompt.id, text=text, policy="known") for text in texts], groups)
+            for prompt, texts, groups, _, _ in rows
+        ]
+
+    store.add_known(run.id, known(config.gold), "gold")
+    store.add_known(run.id, known(config.qualification), "qualify")
+    store.add_repeats(run.id, config.repeat_frac, run.seed)
 
 
 def rank_by_code(config: Config, run: Run, store: Store, tasks: Sequence[Task]) -> None:
@@ -201,9 +241,9 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
     for number, (prompt, responses, groups, annotator, kind) in enumerate(rows):
         if config.max_rankings and number >= config.max_rankings:
             break
-        completions = [Completion(prompt_id=prompt.id, text=text, policy="imported") for text in responses]
-        if len({c.id for c in completions}) < len(completions):
+        if len(set(responses)) < len(responses):
             continue  # the same text twice cannot be compared with itself
+        completions = [Completion(prompt_id=prompt.id, text=text, policy="imported") for text in responses]
         placed = tuple(tuple(completions[i].id for i in group) for group in groups)
         ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=annotator, kind=kind)
         pending.append(((prompt, completions), ranking))
@@ -213,8 +253,7 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
             "with each record"
         )
     store.add_tasks(run.id, [task for task, _ in pending], overlap=config.overlap)
-    # A prompt may come with several sets of responses, so each ranking names its task. Data sets also repeat and
-    # contradict themselves: what an annotator said first stands.
+    # A prompt may come with several sets of responses, so each ranking names its task; what is said first stands.
     given: dict[tuple[str, str], tuple[Ranking, str, str]] = {}
     for (prompt, completions), ranking in pending:
         task = task_id(run.id, prompt.id, [c.id for c in completions])
@@ -225,8 +264,7 @@ def import_rankings(config: Config, run: Run, store: Store) -> None:
 
 def summarise(config: Config, run: Run, store: Store) -> None:
     """Write counts, agreement and specimens; raises Waiting while people still have prompts to rank."""
-    rankings = store.rankings(run.id)
-    open_tasks = store.progress(run.id).waiting
+    rankings, open_tasks = store.rankings(run.id), store.progress(run.id).waiting
     run.note(collection=run.id)
     if config.annotators == "people" and config.prompts and open_tasks:
         raise Waiting(
@@ -240,15 +278,22 @@ def summarise(config: Config, run: Run, store: Store) -> None:
         prompt = store.prompt(ranking.prompt_id).messages[-1].content
         facts = {"prompt": prompt, "groups": texts, "annotator": ranking.annotator, "kind": ranking.kind}
         run.specimen("ranking", facts)
-    kinds: dict[str, int] = {}
-    for ranking in rankings:
-        kinds[ranking.kind] = kinds.get(ranking.kind, 0) + 1
+    kinds = dict(Counter(ranking.kind for ranking in rankings))
+    ids = {name for ranking in rankings for group in ranking.groups for name in group}
+    if config.against:
+        policies = {
+            c.id: c.policy for c in store.completions(c for r in rankings for g in r.groups for c in g).values()
+        }
+        ours, theirs = (f"{run.manifest.parents[name]}@final" for name in ("policy", "against"))
+        points, pairs = wins_by_prompt(rankings, policies, ours, theirs)
+        value, low, high = ratio_interval(points, pairs, run.seed)
+        run.result("win_rate_vs_against@1", "win_rate", value, low=low, high=high, n=len(points))
     prompts = {ranking.prompt_id for ranking in rankings}
     run.note(
         kinds=kinds,
         num_prompts=len(prompts),
         num_rankings=len(rankings),
-        num_completions=len({c for r in rankings for g in r.groups for c in g}),
+        num_completions=len(ids),
         agreement={name: value for name, value in to_dict(agreement(rankings, seed=run.seed)).items() if value},
         prompt_diversity=prompt_diversity([store.prompt(p).messages[-1].content for p in sorted(prompts)]),
         data={"name": ", ".join(config.prompts + config.rankings), "num_prompts": len(prompts)},

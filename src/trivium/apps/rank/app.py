@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
 
-from trivium.apps.rank.security import HEADERS, LOOPBACK, Guard
-from trivium.config import DiskFull, UserError
+from trivium.apps.rank.access import Access
+from trivium.apps.rank.failures import AsciiJSONResponse, explain_errors
+from trivium.apps.rank.markup import tree
+from trivium.apps.rank.security import LOOPBACK, Guard
 from trivium.preferences.assign import next_task, order_shown
-from trivium.preferences.store import AlreadyJudged, Refused, Store, Task, UnknownTask
+from trivium.preferences.qualification import shut_out
+from trivium.preferences.store import People, Refused, Store, Task, UnknownTask
 from trivium.records import Demonstration, Ranking
 
 FOLDER = Path(__file__).parent
@@ -30,14 +30,6 @@ DAY_S = 86_400.0
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[0-9a-zA-Z_-]+$")]
 Text = Annotated[str, Field(max_length=200_000)]
-
-
-class AsciiJSONResponse(JSONResponse):
-    r"""JSON with `\u` escapes: model output may hold lone surrogates, which no UTF-8 body can."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the content as ASCII bytes."""
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 class Body(BaseModel):
@@ -65,6 +57,13 @@ class SkipBody(Body):
     reason: Annotated[str, Field(min_length=1, max_length=2_000)]
 
 
+class FlagBody(Body):
+    """A response that somebody finds harmful: its place on the screen, and why."""
+
+    response: Annotated[int, Field(ge=0, le=64)]
+    reason: Annotated[str, Field(max_length=2_000)] = ""
+
+
 class DemonstrationBody(Body):
     """The ideal response, written by the annotator."""
 
@@ -77,36 +76,37 @@ def create_app(
     collection: str | None = None,
     annotator: str = "",
     hosts: Sequence[str] | None = LOOPBACK,
+    accounts: bool = False,
 ) -> FastAPI:
     """Return the application over `store`, asking about the tasks of one collection (None: all).
 
-    `annotator` is the name the page starts with; `hosts` the host names it answers to (None: any).
+    `annotator` is the name the page starts with; `hosts` the host names it answers to (None: any). With `accounts`
+    only those may answer who came by an invitation, each under their own name.
     """
     app = FastAPI(title="Trivium rank", docs_url=None, redoc_url=None, default_response_class=AsciiJSONResponse)
     app.add_middleware(Guard, hosts=hosts)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
     templates = Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=select_autoescape())
     page = templates.get_template("rank.html")
-    _explain_errors(app)
-    _take_answers(app, store, collection)
+    explain_errors(app)
+    access = Access(People(store) if accounts else None)
+    access.add_to(app)
+    _take_answers(app, store, access, collection)
 
     @app.get("/", response_class=HTMLResponse)
     def show_page() -> str:
         """Return the page; everything in it comes from the calls below."""
         return page.render(annotator=annotator, collection=collection)
 
-    @app.get("/api/session")
-    def session(request: Request) -> dict[str, str]:
-        """Return the token to be sent with every answer."""
-        return {"token": request.state.csrf_token}
-
     @app.get("/api/task")
-    def task(annotator: Name) -> dict[str, Any]:
-        """Return the next task for an annotator (null when none is left) and how far they are."""
+    def task(annotator: Name, request: Request) -> dict[str, Any]:
+        """Return the next task for an annotator, kept for them a while (null: none is left), and how far they are."""
+        access.check(request, annotator)
         found, left = next_task(store, annotator, collection=collection, kind=KIND)
         progress = store.progress(collection, KIND, annotator)
         return {
             "task": None if found is None else _shown(store, found, annotator),
+            "shut": found is None and bool(shut_out(store, annotator, collection, KIND)),
             "progress": {
                 "done": progress.done,
                 "left": left,
@@ -119,12 +119,13 @@ def create_app(
     return app
 
 
-def _take_answers(app: FastAPI, store: Store, collection: str | None) -> None:
+def _take_answers(app: FastAPI, store: Store, access: Access, collection: str | None) -> None:
     """Add the calls that store something."""
 
     @app.post("/api/rank")
-    def rank(body: RankingBody) -> dict[str, bool]:
+    def rank(body: RankingBody, request: Request) -> dict[str, bool]:
         """Store a ranking; `stored` is false for a repeat of one that is there."""
+        access.check(request, body.annotator)
         task = _task(store, body.task, collection)
         shown = order_shown(task, body.annotator)
         if any(place >= len(shown) for group in body.groups for place in group):
@@ -139,17 +140,36 @@ def _take_answers(app: FastAPI, store: Store, collection: str | None) -> None:
             seconds=body.seconds,
             order_shown=shown,
         )
-        return {"stored": store.submit(ranking, task.collection, body.key, task=task.id)}
+        return {"stored": store.submit(ranking, task.collection, body.key, task=task.id, within_overlap=True)}
 
     @app.post("/api/skip")
-    def skip(body: SkipBody) -> dict[str, bool]:
+    def skip(body: SkipBody, request: Request) -> dict[str, bool]:
         """Store that an annotator passes on a task."""
+        access.check(request, body.annotator)
         task = _task(store, body.task, collection)
         return {"stored": store.skip(task.id, body.annotator, KIND, body.reason)}
 
+    @app.post("/api/keep")
+    def keep(body: Body, request: Request) -> dict[str, bool]:
+        """Keep a task for the annotator who reads it; `kept` is false where its places were taken meanwhile."""
+        access.check(request, body.annotator)
+        task = _task(store, body.task, collection)
+        return {"kept": store.lease([task], body.annotator, KIND) is not None}
+
+    @app.post("/api/flag")
+    def flag(body: FlagBody, request: Request) -> dict[str, bool]:
+        """Store that an annotator finds a response harmful."""
+        access.check(request, body.annotator)
+        task = _task(store, body.task, collection)
+        shown = order_shown(task, body.annotator)
+        if body.response >= len(shown):
+            raise Refused(f"there are {len(shown)} responses; flag one of these")
+        return {"stored": store.flag(task.id, shown[body.response], body.annotator, body.reason)}
+
     @app.post("/api/demonstration")
-    def demonstrate(body: DemonstrationBody) -> dict[str, bool]:
+    def demonstrate(body: DemonstrationBody, request: Request) -> dict[str, bool]:
         """Store the ideal response that an annotator wrote."""
+        access.check(request, body.annotator)
         prompt = store.prompt(_task(store, body.task, collection).prompt_id)
         ideal = Demonstration(prompt=prompt, response=body.response, annotator=body.annotator)
         return {"stored": store.add_demonstration(ideal)}
@@ -163,44 +183,13 @@ def _task(store: Store, identifier: str, collection: str | None) -> Task:
 
 
 def _shown(store: Store, task: Task, annotator: str) -> dict[str, Any]:
-    """Return what the annotator may see: texts in their order, nothing of who wrote them."""
+    """Return what the annotator may see: texts in their order, what is asked for, nothing of who wrote them."""
     completions = store.completions(task.completion_ids)
     shown = [completions[name] for name in order_shown(task, annotator)]
-    return {
-        "id": task.id,
-        "messages": store.prompt(task.prompt_id).as_dicts(),
-        "responses": [{"text": each.text, "cut_off": each.finish_reason == "length"} for each in shown],
-    }
-
-
-def _explain_errors(app: FastAPI) -> None:
-    """Make every failure JSON with one clear sentence."""
-
-    def answer(status: int, code: str, sentence: str) -> AsciiJSONResponse:
-        return AsciiJSONResponse({"error": {"code": code, "message": sentence}}, status_code=status)
-
-    @app.exception_handler(UserError)
-    async def explain_ours(_request: Request, error: UserError) -> AsciiJSONResponse:
-        if isinstance(error, UnknownTask):
-            return answer(404, "unknown_task", str(error))
-        if isinstance(error, AlreadyJudged):
-            return answer(409, "already_judged", str(error))
-        if isinstance(error, Refused):
-            return answer(422, "refused", str(error))
-        return answer(507 if isinstance(error, DiskFull) else 503, "storage", str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def explain_fields(_request: Request, error: RequestValidationError) -> AsciiJSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "the request"
-        return answer(422, "invalid", f"{field}: {first['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def explain_http(_request: Request, error: HTTPException) -> AsciiJSONResponse:
-        return answer(error.status_code, "http", f"{error.detail}; the page is at /")
-
-    @app.exception_handler(Exception)
-    async def explain_fault(_request: Request, _error: Exception) -> AsciiJSONResponse:
-        fault = answer(500, "fault", "the server made a mistake; nothing was stored, the reason is in its terminal")
-        fault.headers.update(HEADERS)  # This handler stands outside the Guard.
-        return fault
+    messages = [each | {"tree": tree(each["content"])} for each in store.prompt(task.prompt_id).as_dicts()]
+    responses = [
+        {"text": each.text, "tree": tree(each.text), "cut_off": each.finish_reason == "length"} for each in shown
+    ]
+    told, _ = store.description(task.collection)
+    instructions = {"text": told, "tree": tree(told)} if told else None
+    return {"id": task.id, "messages": messages, "responses": responses, "instructions": instructions}

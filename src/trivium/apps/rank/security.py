@@ -1,8 +1,8 @@
 """What stands before every request of the ranking page: host, size, origin, token, headers.
 
-There are no accounts yet. So the page answers on this machine only unless told otherwise, and these checks keep *other
-web pages* in the annotator's browser from reading or posting judgements: Host against DNS rebinding, Origin and a token
-against cross-site requests, a strict Content-Security-Policy against scripts hidden in model output.
+Who may answer is `access`'s business. These checks keep *other web pages* in the annotator's browser from reading or
+posting judgements: Host against DNS rebinding, Origin and a token against cross-site requests, a strict
+Content-Security-Policy against scripts hidden in model output.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import uvicorn
 from trivium.apps.rank.app import create_app
 from trivium.apps.rank.security import LOOPBACK
 from trivium.config import UserError
-from trivium.preferences.store import Store
+from trivium.preferences.store import People, Store
 
 
 def serve(
@@ -21,21 +21,29 @@ def serve(
     collection: str | None = None,
     annotator: str = "",
     *,
-    allow_remote: bool = False,
+    accounts: bool = False,
     database: str | None = None,
 ) -> None:
     """Serve the ranking page over the workspace's preference database (or the one at `database`) until Ctrl-C.
 
-    Raises UserError when there is no database or nothing to rank in it, when the port is taken, and for an address
-    that other machines can reach unless `allow_remote`: there are no accounts yet.
+    Where other machines can reach it, only people with an account may answer; on this machine alone anybody may, unless
+    `accounts` (for one behind a proxy). Raises UserError when there is no database or nothing to rank in it, when
+    accounts are needed and there is none, and when the port is taken.
     """
-    check_host(host, allow_remote=allow_remote)
+    local = is_loopback(host)
+    accounts = accounts or not local
     with Store(database or workspace / "preferences.db", create=database is not None) as store:
         tasks = store.tasks(collection)
         if not tasks:
             where = f"collection {collection!r} of {store.name}" if collection else store.name
             raise UserError(f"{where} holds no responses to rank; run the stage collect_comparisons first")
-        app = create_app(store, collection=collection, annotator=annotator, hosts=None if allow_remote else LOOPBACK)
+        if accounts and not any(not person.revoked for person in People(store).all()):
+            raise UserError(
+                f"{host} needs accounts and {store.name} has none; make one with `trivium people invite NAME`, "
+                "or listen on 127.0.0.1"
+            )
+        hosts = LOOPBACK if local and not accounts else None
+        app = create_app(store, collection=collection, annotator=annotator, hosts=hosts, accounts=accounts)
         with _listen(host, port) as listener:
             shown = f"[{host}]" if ":" in host else host
             open_ones = sum(task.judgements < task.overlap for task in tasks)
@@ -45,19 +53,14 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def check_host(host: str, *, allow_remote: bool) -> None:
-    """Raise UserError unless `host` is this machine alone, or remote machines were allowed on purpose."""
-    if allow_remote or host == "localhost":
-        return
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is this machine alone."""
+    if host == "localhost":
+        return True
     try:
-        if ipaddress.ip_address(host).is_loopback:
-            return
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        pass
-    raise UserError(
-        f"{host} can be reached from other machines and this page has no accounts yet: anybody could judge under any "
-        "name; use 127.0.0.1, or add --allow-remote where the network is trusted"
-    )
+        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from trivium.config import UserError
-from trivium.preferences.store import export, rows, schema
-from trivium.preferences.store.judgements import Refused, Task, UnknownTask, check_annotator, distinct, task_id
+from trivium.preferences.store import assignment, batches, export, rows, schema, versions
+from trivium.preferences.store.judgements import (
+    Purpose,
+    Refused,
+    Task,
+    UnknownTask,
+    check_annotator,
+    distinct,
+    task_id,
+)
+from trivium.preferences.store.progress import Progress, progress
 from trivium.preferences.store.submission import submit
 from trivium.records import AnnotatorKind, Completion, Conversation, Demonstration, Ranking
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a collection is: `done` tasks have all the judgements wanted of this kind.
-
-    `waiting` tasks lack some even when every skip counts as an answer: what a pipeline should still wait for, since a
-    task that all its annotators passed on will never be done.
-    """
-
-    tasks: int
-    done: int
-    waiting: int
-    rankings: int
-    skips: int
-    mean_seconds: float
 
 
 class Store:
@@ -50,13 +41,14 @@ class Store:
         self.name = self._engine.url.render_as_string(hide_password=True).removeprefix("sqlite:///")
         # SQLite has one writer; threads that wait for a lock of ours wake at once, where the database's own would poll.
         self._writer = threading.RLock()
+        self._batches = batches.Batches(self.writing, self._writer)
         if self._engine.dialect.name == "sqlite":
             file = Path(self._engine.url.database or "")
             if not create and not file.is_file():
                 raise UserError(f"there is no preference database at {file}; collect responses to compare first")
             file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
-            schema.prepare(self._engine, self.name)
+            versions.prepare(self._engine, self.name)
 
     def close(self) -> None:
         """Close all connections."""
@@ -74,12 +66,12 @@ class Store:
 
     def add_prompts(self, prompts: Iterable[Conversation]) -> None:
         """Store prompts by content id; those that are there already stay as they are."""
-        with self._write() as connection:
+        with self.writing() as connection:
             rows.insert_new(connection, schema.prompts, map(rows.from_prompt, prompts))
 
     def add_completions(self, completions: Iterable[Completion]) -> None:
         """Store completions by content id; their prompts must be there. Raises UserError otherwise."""
-        with self._write() as connection:
+        with self.writing() as connection:
             rows.insert_completions(connection, completions)
 
     def add_tasks(
@@ -99,39 +91,32 @@ class Store:
         wanted = [(prompt, distinct(completions, prompt.id)) for prompt, completions in items]
         wanted = [(prompt, found) for prompt, found in wanted if len(found) >= 2]
         ids = {task_id(collection, prompt.id, found): (prompt.id, list(found)) for prompt, found in wanted}
-        with self._write() as connection:
+        with self.writing() as connection:
             rows.insert_new(connection, schema.prompts, (rows.from_prompt(prompt) for prompt, _ in wanted))
             rows.insert_completions(connection, (c for _, found in wanted for c in found.values()))
-            known = {row["id"] for row in rows.by_ids(connection, schema.tasks, ids)}
-            last = sa.select(sa.func.max(schema.tasks.c.position)).where(schema.tasks.c.collection == collection)
-            highest = connection.scalar(last)
-            start = 0 if highest is None else highest + 1
-            new = [(name, *about) for name, about in ids.items() if name not in known]
             values = [
-                {
-                    "id": name,
-                    "collection": collection,
-                    "position": start + number,
-                    "prompt_id": prompt_id,
-                    "completion_ids": completion_ids,
-                    "overlap": overlap,
-                    "created_at": rows.now(),
-                }
-                for number, (name, prompt_id, completion_ids) in enumerate(new)
+                {"id": name, "prompt_id": prompt_id, "completion_ids": completion_ids, "overlap": overlap}
+                for name, (prompt_id, completion_ids) in ids.items()
             ]
-            rows.insert_new(connection, schema.tasks, values)
+            assignment.append(connection, collection, values)
             stored = {row["id"]: rows.to_task(row) for row in rows.by_ids(connection, schema.tasks, ids)}
         return [stored[name] for name in ids]
 
     def tasks(self, collection: str | None = None, *, kind: AnnotatorKind = "human") -> list[Task]:
         """Return the tasks of a collection (None: of all), in order, with the judgements of `kind` each has."""
-        with self._read() as connection:
+        with self.reading() as connection:
             query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
+            return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+
+    def questions(self, collection: str | None, purpose: Purpose) -> list[Task]:
+        """Return the tasks of one purpose, their judgements not counted."""
+        query = sa.select(schema.tasks).where(schema.tasks.c.purpose == purpose)
+        with self.reading() as connection:
             return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
 
     def task(self, identifier: str, *, kind: AnnotatorKind = "human") -> Task:
         """Return one task. Raises UnknownTask."""
-        with self._read() as connection:
+        with self.reading() as connection:
             query = rows.tasks_with_counts(kind).where(schema.tasks.c.id == identifier)
             row = connection.execute(query).mappings().first()
         if row is None:
@@ -139,15 +124,53 @@ class Store:
         return rows.to_task(row)
 
     def open_tasks(self, collection: str | None, annotator: str, kind: AnnotatorKind = "human") -> list[Task]:
-        """Return the tasks that still want a judgement of `kind` and that this annotator has not judged or skipped."""
+        """Return what this annotator may be asked: not judged or skipped by them, and with a place left."""
         check_annotator(annotator, kind)
-        query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
-        for table in (schema.rankings, schema.skips):
-            theirs = (table.c.annotator == annotator) & (table.c.kind == kind)
-            query = query.where(~sa.exists().where(table.c.task_id == schema.tasks.c.id, theirs))
-        with self._read() as connection:
-            found = [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
-        return [task for task in found if task.judgements < task.overlap]
+        with self.reading() as connection:
+            return assignment.open_tasks(connection, collection, annotator, kind)
+
+    def lease(
+        self, tasks: Iterable[Task], annotator: str, kind: AnnotatorKind = "human", seconds: float = assignment.LEASE_S
+    ) -> Task | None:
+        """Keep the first of these tasks that still has a place for this annotator, and return it; None if none has."""
+        with self.writing(durable=False) as connection:
+            return assignment.take(connection, tasks, annotator, kind, seconds)
+
+    def add_repeats(self, collection: str, fraction: float, seed: int = 0) -> int:
+        """Ask a fraction of the tasks again, of whoever judged them first; return how many repeats were new."""
+        with self.writing() as connection:
+            return assignment.add_repeats(connection, collection, fraction, seed)
+
+    def add_known(
+        self,
+        collection: str,
+        items: Sequence[tuple[Conversation, Sequence[Completion], Sequence[Sequence[int]]]],
+        purpose: Literal["gold", "qualify"] = "gold",
+    ) -> int:
+        """Store questions with known answers, as groups of places, best first; return how many were new."""
+        with self.writing() as connection:
+            return assignment.add_known(connection, collection, items, purpose)
+
+    def describe(self, collection: str, *, instructions: str, pass_mark: float = 0.0) -> None:
+        """Set what annotators of a collection are told, and the share of known pairs that newcomers must get right."""
+        row = {"name": collection, "instructions": instructions, "pass_mark": pass_mark}
+        with self.writing() as connection:
+            connection.execute(schema.collections.delete().where(schema.collections.c.name == collection))
+            connection.execute(schema.collections.insert(), row)
+
+    def description(self, collection: str) -> tuple[str, float]:
+        """Return a collection's instructions (empty: none) and its pass mark."""
+        table = schema.collections
+        query = sa.select(table.c.instructions, table.c.pass_mark).where(table.c.name == collection)
+        with self.reading() as connection:
+            found = connection.execute(query).first()
+        return ("", 0.0) if found is None else (found[0], found[1])
+
+    def set_priorities(self, priorities: Mapping[str, float]) -> None:
+        """Set how much an answer to each of these tasks would teach; the higher are asked first."""
+        with self.writing() as connection:
+            for name, priority in priorities.items():
+                connection.execute(schema.tasks.update().where(schema.tasks.c.id == name).values(priority=priority))
 
     # ---- what is answered ----
 
@@ -159,22 +182,30 @@ class Store:
         *,
         task: str = "",
         revise: bool = False,
+        within_overlap: bool = False,
     ) -> bool:
         """Store a judgement and return True; or return False where it is a repeat of one already stored.
 
         A repeat has the same key or, from the same annotator about the same task, the same content. `task` names the
-        task where a prompt has several; a changed mind needs `revise` and becomes a row of its own.
+        task where a prompt has several; a changed mind needs `revise` and becomes a row of its own. `within_overlap`
+        refuses (Full) one more than the task wants from an annotator without a live lease.
         Raises Refused (nothing is stored) for a ranking that does not place the task's completions, each once.
         """
-        with self._write() as connection:
-            return submit(connection, ranking, collection, idempotency_key, task, revise)
+
+        def store(connection: Connection) -> bool:
+            return submit(connection, ranking, collection, idempotency_key, task, revise, within_overlap)
+
+        if self._engine.dialect.name == "sqlite":
+            return self._batches.run(store)
+        with self.writing() as connection:
+            return store(connection)
 
     def submit_many(self, rankings: Iterable[tuple[Ranking, str, str]], collection: str) -> int:
         """Store (ranking, idempotency key, task) in one transaction, all or none, and return how many were new.
 
         The task may be empty where a prompt has only one.
         """
-        with self._write() as connection:
+        with self.writing() as connection:
             return sum(submit(connection, ranking, collection, key, task) for ranking, key, task in rankings)
 
     def skip(self, task: str, annotator: str, kind: AnnotatorKind, reason: str) -> bool:
@@ -183,10 +214,21 @@ class Store:
         if not reason.strip():
             raise Refused("a skip needs a reason")
         row = {"task_id": task, "annotator": annotator, "kind": kind, "reason": reason, "created_at": rows.now()}
-        with self._write() as connection:
+        with self.writing() as connection:
             if not rows.by_ids(connection, schema.tasks, [task]):
                 raise UnknownTask(f"there is no task {task[:40]!r}; reload the page for the next one")
+            assignment.release(connection, task, annotator, kind)
             return rows.insert_one(connection, schema.skips, row)
+
+    def flag(self, task: str, completion_id: str, annotator: str, reason: str) -> bool:
+        """Record that a person finds a response harmful, and why; return False where they already had."""
+        check_annotator(annotator, "human")
+        row = {"task_id": task, "annotator": annotator, "completion_id": completion_id, "reason": reason}
+        with self.writing() as connection:
+            found = rows.by_ids(connection, schema.tasks, [task])
+            if not found or completion_id not in found[0]["completion_ids"]:
+                raise UnknownTask(f"task {task[:40]!r} has no response {completion_id[:40]!r}; reload the page")
+            return rows.insert_one(connection, schema.flags, row | {"created_at": rows.now()})
 
     def add_demonstration(self, demonstration: Demonstration) -> bool:
         """Store the ideal response that a person wrote, with its prompt; return False where it is there already."""
@@ -200,7 +242,7 @@ class Store:
             "annotator": demonstration.annotator,
             "created_at": rows.now(),
         }
-        with self._write() as connection:
+        with self.writing() as connection:
             rows.insert_new(connection, schema.prompts, [rows.from_prompt(demonstration.prompt)])
             return rows.insert_one(connection, schema.demonstrations, row)
 
@@ -209,21 +251,26 @@ class Store:
     def rankings(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Ranking]:
         """Return the valid judgements (the last revision of each), of these kinds of annotator (None: of all).
 
-        The order is that of tasks and annotators, not that of arrival: a re-run yields the same list.
+        Those of ordinary tasks alone: repeats and gold say something of the annotators. The order is that of tasks and
+        annotators, not that of arrival: a re-run yields the same list.
         """
         return [rows.to_ranking(row) for row in self.ranking_rows(collection, kinds)]
 
     def ranking_rows(
-        self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None
+        self,
+        collection: str | None = None,
+        kinds: Collection[AnnotatorKind] | None = None,
+        purposes: Sequence[Purpose] = ("rank",),
     ) -> list[dict[str, Any]]:
-        """Return the same as `rankings`, as rows with their task, collection, revision and time."""
+        """Return the same as `rankings`, as rows with their task, its purpose, collection, revision and time."""
         table, tasks = schema.rankings, schema.tasks
-        query = sa.select(table, tasks.c.prompt_id, tasks.c.collection, tasks.c.completion_ids)
-        query = query.join(tasks, tasks.c.id == table.c.task_id)
+        about = (tasks.c.prompt_id, tasks.c.collection, tasks.c.completion_ids)
+        query = sa.select(table, *about, tasks.c.purpose, tasks.c.repeat_of, tasks.c.gold)
+        query = query.join(tasks, tasks.c.id == table.c.task_id).where(tasks.c.purpose.in_(purposes))
         query = query.order_by(tasks.c.collection, tasks.c.position, table.c.kind, table.c.annotator, table.c.revision)
         if kinds is not None:
             query = query.where(table.c.kind.in_(kinds))
-        with self._read() as connection:
+        with self.reading() as connection:
             found = connection.execute(rows.within(query, collection)).mappings().all()
         # Later revisions come later and replace, in place, what came before.
         latest = {(row["task_id"], row["kind"], row["annotator"]): row for row in found}
@@ -231,12 +278,12 @@ class Store:
 
     def prompts(self, ids: Iterable[str]) -> dict[str, Conversation]:
         """Return the prompts by id. Raises UserError naming one that is missing."""
-        with self._read() as connection:
+        with self.reading() as connection:
             return {row["id"]: rows.to_prompt(row) for row in rows.all_by_ids(connection, schema.prompts, ids)}
 
     def completions(self, ids: Iterable[str]) -> dict[str, Completion]:
         """Return the completions by id. Raises UserError naming one that is missing."""
-        with self._read() as connection:
+        with self.reading() as connection:
             return {row["id"]: rows.to_completion(row) for row in rows.all_by_ids(connection, schema.completions, ids)}
 
     def prompt(self, identifier: str) -> Conversation:
@@ -249,7 +296,7 @@ class Store:
 
     def demonstrations(self) -> list[Demonstration]:
         """Return all demonstrations, in the order of their ids."""
-        with self._read() as connection:
+        with self.reading() as connection:
             query = sa.select(schema.demonstrations).order_by(schema.demonstrations.c.id)
             found = connection.execute(query).mappings().all()
         prompts = self.prompts(row["prompt_id"] for row in found)
@@ -261,36 +308,19 @@ class Store:
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each table, by its name."""
         tables = [table for table in schema.metadata.sorted_tables if table is not schema.schema_version]
-        with self._read() as connection:
+        with self.reading() as connection:
             return {t.name: connection.scalar(sa.select(sa.func.count()).select_from(t)) or 0 for t in tables}
 
     def progress(
         self, collection: str | None = None, kind: AnnotatorKind = "human", annotator: str | None = None
     ) -> Progress:
-        """Return how far a collection is with judgements of `kind`; of one annotator alone where named.
+        """Return how far the ordinary tasks of a collection are with judgements of `kind`, or one annotator with them.
 
-        For an annotator, `done` counts the tasks they have judged; `mean_seconds` is their pace (0 before the first).
+        For an annotator, `done` counts the tasks they have judged, `waiting` those they have neither judged nor
+        skipped; `mean_seconds` is their pace (0 before the first).
         """
-        tasks = self.tasks(collection, kind=kind)
-        answers, skips = schema.rankings, schema.skips
-        given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(schema.tasks))
-        given = given.where(answers.c.kind == kind, answers.c.revision == 0)
-        passed = sa.select(skips.c.task_id, skips.c.annotator).select_from(skips.join(schema.tasks))
-        passed = passed.where(skips.c.kind == kind)
-        if annotator is not None:
-            given = given.where(answers.c.annotator == annotator)
-        with self._read() as connection:
-            number, pace = connection.execute(rows.within(given, collection)).one()
-            skipped = connection.execute(rows.within(passed, collection)).all()
-        passes = Counter(task for task, _ in skipped)
-        return Progress(
-            tasks=len(tasks),
-            done=number if annotator is not None else sum(t.judgements >= t.overlap for t in tasks),
-            waiting=sum(t.judgements + passes[t.id] < t.overlap for t in tasks),
-            rankings=number,
-            skips=sum(annotator in (None, who) for _, who in skipped),
-            mean_seconds=float(pace or 0.0),
-        )
+        with self.reading() as connection:
+            return progress(connection, collection, kind, annotator)
 
     def digest(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> str:
         """Return the SHA-256 of what `rankings` says: equal judgements, equal digest, whenever they were given."""
@@ -317,13 +347,18 @@ class Store:
             raise schema.explain(error, self.name) from error
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[Connection]:
+        """Yield a connection for queries."""
         with self._explained(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        options = {"trivium_writes": True}
+    def writing(self, *, durable: bool = True) -> Iterator[Connection]:
+        """Yield a connection in a transaction that is committed at the end, or rolled back as a whole.
+
+        What is not `durable` may be forgotten in a power cut (never half written), and is not waited for.
+        """
+        options = {"trivium_writes": True, "trivium_durable": durable}
         with self._explained(), self._writer, self._engine.connect().execution_options(**options) as connection:
             with connection.begin():
                 yield connection

@@ -7,11 +7,13 @@ import typing
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from trivium.config import UserError
 from trivium.records import AnnotatorKind, Completion, Ranking, content_id
 
 KINDS: frozenset[str] = frozenset(typing.get_args(AnnotatorKind))
+Purpose = Literal["rank", "repeat", "gold", "qualify"]
 MAX_NAME = 100
 """Characters of an annotator's name."""
 MAX_RATIONALE = 20_000
@@ -30,12 +32,18 @@ class AlreadyJudged(Refused):
     """A second, different judgement of a task by the same annotator, not declared as a revision."""
 
 
+class Full(Refused):
+    """A judgement of a task that others have finished while its lease ran out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One question to annotators: rank these completions of this prompt.
 
     `collection` is the run that asked, `overlap` how many annotators (of one kind) are wanted, `judgements` how many
-    have answered so far, `position` its place in the collection (from 0).
+    have answered so far, `position` its place in the collection (from 0), `priority` how much an answer would teach
+    (higher is asked first). `purpose`: "rank"; "repeat", the same question again for who answered `repeat_of`; "gold",
+    a question with a known answer; "qualify", one of those that a newcomer answers first. `gold` is the known answer.
     """
 
     id: str
@@ -45,6 +53,10 @@ class Task:
     overlap: int
     position: int
     judgements: int = 0
+    purpose: Purpose = "rank"
+    repeat_of: str = ""
+    gold: tuple[tuple[str, ...], ...] = ()
+    priority: float = 0.0
 
 
 def task_id(collection: str, prompt_id: str, completion_ids: Iterable[str]) -> str:

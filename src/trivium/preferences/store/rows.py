@@ -21,7 +21,13 @@ CHUNK = 500
 
 def now() -> str:
     """Return the time in UTC, for the `created_at` columns: told to people, part of no id and no digest."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    return moment(0.0)
+
+
+def moment(seconds_ahead: float) -> str:
+    """Return the time in UTC that many seconds from now; such texts compare as the times do."""
+    ahead = datetime.timedelta(seconds=seconds_ahead)
+    return (datetime.datetime.now(datetime.UTC) + ahead).isoformat(timespec="milliseconds")
 
 
 def from_prompt(prompt: Conversation) -> dict[str, Any]:
@@ -77,6 +83,10 @@ def to_task(row: RowMapping) -> Task:
         overlap=row["overlap"],
         position=row["position"],
         judgements=row.get("judgements", 0),
+        purpose=row["purpose"],
+        repeat_of=row["repeat_of"] or "",
+        gold=tuple(tuple(group) for group in row["gold"] or ()),
+        priority=row["priority"],
     )
 
 
@@ -100,16 +110,14 @@ def within(query: sa.Select[Any], collection: str | None) -> sa.Select[Any]:
 
 
 def tasks_with_counts(kind: str) -> sa.Select[Any]:
-    """Return the query for all tasks with `judgements`, the number of annotators of `kind` who have answered."""
+    """Return the query for all tasks with `judgements`, the number of annotators of `kind` who have answered.
+
+    Counted task by task, along the index: where the query asks for few tasks, few judgements are looked at.
+    """
     table = schema.rankings
-    judged = (
-        sa.select(table.c.task_id, sa.func.count(sa.distinct(table.c.annotator)).label("judgements"))
-        .where(table.c.kind == kind)
-        .group_by(table.c.task_id)
-        .subquery()
-    )
-    counted = sa.func.coalesce(judged.c.judgements, 0).label("judgements")
-    return sa.select(schema.tasks, counted).outerjoin(judged, judged.c.task_id == schema.tasks.c.id)
+    judged = sa.select(sa.func.count(sa.distinct(table.c.annotator)))
+    judged = judged.where(table.c.task_id == schema.tasks.c.id, table.c.kind == kind)
+    return sa.select(schema.tasks, judged.correlate(schema.tasks).scalar_subquery().label("judgements"))
 
 
 def insert_new(connection: Connection, table: sa.Table, values: Iterable[Mapping[str, Any]]) -> None:

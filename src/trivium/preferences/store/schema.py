@@ -17,8 +17,8 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 
 from trivium.config import DiskFull, UserError
 
-SCHEMA_VERSION = 1
-"""Raised by one with every change of a table, together with a migration."""
+SCHEMA_VERSION = 2
+"""Raised by one with every change of a table, together with a migration in `migrations/`."""
 
 BUSY_S = 30.0
 """How long a writer waits for another process that holds the SQLite lock."""
@@ -77,6 +77,10 @@ tasks = sa.Table(
     sa.Column("completion_ids", JsonText, nullable=False),
     sa.Column("overlap", sa.Integer, nullable=False),
     sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("purpose", sa.String(16), nullable=False, server_default="rank"),
+    sa.Column("repeat_of", sa.String(64), nullable=True),
+    sa.Column("gold", JsonText, nullable=True),
+    sa.Column("priority", sa.Float, nullable=False, server_default="0"),
     sa.UniqueConstraint("collection", "position"),
     sa.Index("tasks_by_prompt", "collection", "prompt_id"),
 )
@@ -117,6 +121,57 @@ demonstrations = sa.Table(
     sa.Column("response", JsonText, nullable=False),
     sa.Column("annotator", sa.String(200), nullable=False),
     sa.Column("created_at", sa.String(40), nullable=False),
+)
+
+collections = sa.Table(
+    "collections",
+    metadata,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("instructions", JsonText, nullable=False),
+    sa.Column("pass_mark", sa.Float, nullable=False),
+)
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("task_id", sa.ForeignKey("tasks.id"), primary_key=True),
+    sa.Column("annotator", sa.String(200), primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("expires_at", sa.String(40), nullable=False),
+)
+flags = sa.Table(
+    "flags",
+    metadata,
+    sa.Column("task_id", sa.ForeignKey("tasks.id"), primary_key=True),
+    sa.Column("annotator", sa.String(200), primary_key=True),
+    sa.Column("completion_id", sa.ForeignKey("completions.id"), primary_key=True),
+    sa.Column("reason", JsonText, nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+)
+people = sa.Table(
+    "people",
+    metadata,
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("revoked_at", sa.String(40), nullable=True),
+)
+# Of tokens only the SHA-256 is kept: who reads the database cannot sign in with it.
+invitations = sa.Table(
+    "invitations",
+    metadata,
+    sa.Column("token_hash", sa.String(64), primary_key=True),
+    sa.Column("name", sa.ForeignKey("people.name"), nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("expires_at", sa.String(40), nullable=False),
+    sa.Column("used_at", sa.String(40), nullable=True),
+)
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("token_hash", sa.String(64), primary_key=True),
+    sa.Column("name", sa.ForeignKey("people.name"), nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("expires_at", sa.String(40), nullable=False),
 )
 
 for _verb in ("UPDATE", "DELETE"):
@@ -168,44 +223,18 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
-    # FULL: an acknowledged judgement outlives a power cut, for one fsync that a person does not notice.
-    cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("trivium_writes", False)
+    options = connection.get_execution_options()
+    writes = options.get("trivium_writes", False)
+    if writes:
+        # FULL: an acknowledged judgement outlives a power cut, for one wait for the disk that a person does not notice.
+        durable = options.get("trivium_durable", True)
+        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def prepare(engine: Engine, name: str) -> None:
-    """Create the tables in an empty database, or make sure that those found are ours and of this version.
-
-    Raises UserError for a newer or an unknown schema.
-    """
-    with engine.connect() as connection:
-        if _is_ours(connection, name):
-            return
-    with engine.connect().execution_options(trivium_writes=True) as connection, connection.begin():
-        if not _is_ours(connection, name):  # Another process may have been quicker.
-            metadata.create_all(connection)
-            connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
-
-
-def _is_ours(connection: Connection, name: str) -> bool:
-    found = set(sa.inspect(connection).get_table_names())
-    if schema_version.name not in found:
-        if found & set(metadata.tables):
-            raise UserError(f"{name} holds tables that Trivium did not make; name another database")
-        return False
-    version = connection.scalar(sa.select(sa.func.max(schema_version.c.version)))
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{name} has preference schema {version}, this Trivium knows {SCHEMA_VERSION}; "
-            "use the version of Trivium that wrote it, or another database"
-        )
-    return True
 
 
 def explain(error: BaseException, name: str) -> UserError:

@@ -6,12 +6,19 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from trivium.preferences.store import rows, schema
+from trivium.preferences.store.assignment import check_place, release
 from trivium.preferences.store.judgements import AlreadyJudged, Refused, Task, UnknownTask, check_ranking
 from trivium.records import Ranking, content_id
 
 
 def submit(
-    connection: Connection, ranking: Ranking, collection: str, key: str, task: str = "", revise: bool = False
+    connection: Connection,
+    ranking: Ranking,
+    collection: str,
+    key: str,
+    task: str = "",
+    revise: bool = False,
+    within_overlap: bool = False,
 ) -> bool:
     """Append the judgement and return True, or return False where it is a repeat; see `Store.submit`."""
     asked = _find_task(connection, ranking, collection, task)
@@ -30,6 +37,8 @@ def submit(
         return False
     if history and not revise:
         raise AlreadyJudged(f"{ranking.annotator} has already judged this task; the first answer was kept")
+    if within_overlap and not history:
+        check_place(connection, asked, ranking.annotator, ranking.kind)
     values = {
         "ranking_id": ranking.id,
         "task_id": asked.id,
@@ -45,6 +54,7 @@ def submit(
         "created_at": rows.now(),
     }
     connection.execute(table.insert(), values)
+    release(connection, asked.id, ranking.annotator, ranking.kind)
     return True
 
 
@@ -52,6 +62,8 @@ def _find_task(connection: Connection, ranking: Ranking, collection: str, task: 
     # FOR UPDATE makes two submissions about one task wait for each other on PostgreSQL; SQLite has one writer anyway.
     query = sa.select(schema.tasks).where(schema.tasks.c.collection == collection).with_for_update()
     query = query.where(schema.tasks.c.id == task if task else schema.tasks.c.prompt_id == ranking.prompt_id)
+    if not task:
+        query = query.where(schema.tasks.c.purpose == "rank")
     found = [rows.to_task(row) for row in connection.execute(query).mappings()]
     named = {name for group in ranking.groups for name in group} | set(ranking.order_shown)
     if len(found) > 1:

@@ -31,6 +31,13 @@ export function fetchTask(annotator) {
   return call(`/api/task?${new URLSearchParams({ annotator })}`);
 }
 
+/** @returns {Promise<{token: string, accounts: boolean, person: {name: string, role: string} | null}>} who is there */
+export async function fetchSession() {
+  const session = await call("/api/session");
+  token = session.token;
+  return session;
+}
+
 /** Post JSON; a token that a restarted server no longer knows is renewed once. @param {string} path @param {object} body */
 export async function post(path, body) {
   for (let attempt = 0; ; attempt += 1) {

@@ -1,22 +1,30 @@
 /** The ranking page. All text from prompts, models and people goes in by textContent. */
+import { Door } from "./account.js";
 import { Refusal, fetchTask, newKey, post } from "./api.js";
+import { draggable, target } from "./drag.js";
+import { onFlag, openFlag } from "./flag.js";
+import { fill } from "./markup.js";
+import { drawProgress } from "./progress.js";
 import { Ranking } from "./ranking.js";
+import { bind, settings } from "./settings.js";
 
 /** @param {string} id @returns {any} */
 const at = (id) => document.getElementById(id);
 const ORDINALS = ["", "1st", "2nd", "3rd"];
-/** @param {number} rank */
-const ordinal = (rank) => ORDINALS[rank] ?? `${rank}th`;
+const ordinal = (/** @type {number} */ rank) => ORDINALS[rank] ?? `${rank}th`;
 const SPEAKERS = { user: "User", assistant: "Assistant", system: "Instructions", tool: "Tool" };
 
+const SHUT =
+  "The first questions had known answers, and too many of yours differ. Please talk to whoever invited you.";
+
 let annotator = "";
-/** @type {{id: string, messages: {role: string, content: string}[], responses: {text: string, cut_off: boolean}[]} | null} */
+/** @typedef {import("./markup.js").Tree[] | null} Markup */
+/** @type {{id: string, messages: {role: string, content: string, tree: Markup}[], responses: {text: string, tree: Markup, cut_off: boolean}[], instructions: {text: string, tree: Markup} | null} | null} */
 let task = null;
 let ranking = new Ranking(0);
 let key = "";
 let busy = false;
 let seconds = 0;
-let shortcuts = true;
 
 /** @param {string} tag @param {string} [className] @param {string} [text] */
 function element(tag, className = "", text = "") {
@@ -32,29 +40,17 @@ function say(text, bad = false) {
   at("status").classList.toggle("bad", bad);
 }
 
-/** @param {"work" | "done" | "trouble"} which */
+/** @param {"work" | "done" | "trouble" | "door"} which */
 function show(which) {
-  for (const id of ["work", "done", "trouble"]) at(id).hidden = id !== which;
+  for (const id of ["work", "done", "trouble", "door"]) at(id).hidden = id !== which;
   at("clock").parentElement.hidden = which !== "work";
+  at("bar").parentElement.hidden = which === "door";
 }
 
-/** @param {number} total */
-function duration(total) {
-  const minutes = Math.round(total / 60);
-  if (minutes < 1) return "under a minute";
-  return minutes < 90 ? `${minutes} min` : `${Math.round(minutes / 6) / 10} h`;
-}
-
-/** @param {{done: number, left: number, skipped: number, mean_seconds: number}} progress */
-function drawProgress(progress) {
-  at("bar").max = Math.max(1, progress.done + progress.left);
-  at("bar").value = progress.done;
-  const parts = [`${progress.done} done`, `${progress.left} to go`];
-  if (progress.left && progress.mean_seconds) parts.push(`about ${duration(progress.left * progress.mean_seconds)}`);
-  at("progress-text").textContent = parts.join(" · ");
-  at("done-text").textContent =
-    `You have ranked ${progress.done} and skipped ${progress.skipped}. Thank you. ` +
-    "When new responses have been collected, they appear here.";
+/** @param {Error} error */
+function inTrouble(error) {
+  at("trouble-text").textContent = error.message;
+  show("trouble");
 }
 
 function drawTask() {
@@ -62,16 +58,20 @@ function drawTask() {
   at("conversation").replaceChildren(
     ...task.messages.map((message) => {
       const item = element("li", `turn ${message.role}`);
-      const words = element("div", "text", message.content);
+      const words = element("div", "text");
+      fill(words, message.content, message.tree, settings.formatted);
       words.dir = "auto";
       item.append(element("span", "speaker", SPEAKERS[message.role] ?? message.role), words);
       return item;
     }),
   );
   at("responses").replaceChildren(...task.responses.map(card));
+  const told = task.instructions;
+  at("instructions").hidden = !told;
+  if (told) fill(at("instructions-text"), told.text, told.tree, settings.formatted);
 }
 
-/** @param {{text: string, cut_off: boolean}} response @param {number} index */
+/** @param {{text: string, tree: Markup, cut_off: boolean}} response @param {number} index */
 function card(response, index) {
   const made = element("article", "card");
   made.id = `response-${index + 1}`;
@@ -81,7 +81,8 @@ function card(response, index) {
   const badge = element("span", "badge");
   const head = element("header");
   head.append(element("kbd", "", String(index + 1)), title, badge);
-  const words = element("div", "text", response.text);
+  const words = element("div", "text");
+  fill(words, response.text, response.tree, settings.formatted);
   words.dir = "auto";
   words.id = `text-${index + 1}`;
   if (!response.text.trim()) words.append(element("em", "quiet", "(empty)"));
@@ -94,11 +95,13 @@ function card(response, index) {
     if (event.detail) button.blur();
     place(index);
   });
-  // The whole card is a target for the mouse, unless somebody is selecting text to read along.
-  made.addEventListener("click", () => {
+  // The whole card is a target for the mouse, unless somebody is selecting text to read along, or follows a link.
+  made.addEventListener("click", (event) => {
+    if (event.target instanceof Element && event.target.closest("a")) return;
     if (getSelection()?.isCollapsed ?? true) place(index);
   });
   head.append(button);
+  draggable(made, head, index, move);
   made.append(head, words);
   if (response.cut_off) made.append(element("p", "cut quiet", "cut off at the length limit"));
   return made;
@@ -166,7 +169,16 @@ function place(index) {
   ranking.toggle(index);
   drawRanking();
   const rank = ranking.rank(index);
+  if (settings.fast && task.responses.length === 2 && rank === 1 && ranking.groups.length === 1) return void submit();
   say(`Response ${index + 1} ${rank ? `placed ${ordinal(rank)}` : "taken back"}. ${sayWhatIsLeft()}`);
+}
+
+/** @param {number} index @param {number} other the response it comes right before, or -1 for the next place */
+function move(index, other) {
+  if (!task || busy || index >= task.responses.length) return;
+  ranking.moveBefore(index, other);
+  drawRanking();
+  say(`Response ${index + 1} placed ${ordinal(ranking.rank(index))}. ${sayWhatIsLeft()}`);
 }
 
 function tie() {
@@ -254,9 +266,7 @@ async function next(news = "") {
     answer = await fetchTask(annotator);
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    at("trouble-text").textContent = error.message;
-    show("trouble");
-    return;
+    return inTrouble(error);
   }
   task = answer.task;
   ranking = new Ranking(task ? task.responses.length : 0);
@@ -264,6 +274,7 @@ async function next(news = "") {
   seconds = 0;
   at("clock").textContent = "0:00";
   drawProgress(answer.progress);
+  if (answer.shut) at("done-text").textContent = SHUT;
   for (const id of ["rationale", "ideal"]) at(id).value = "";
   for (const id of ["why", "demonstrate"]) at(id).open = false;
   show(task ? "work" : "done");
@@ -279,8 +290,9 @@ async function next(news = "") {
 /** @param {string} name */
 function enter(name) {
   annotator = name;
-  localStorage.setItem("trivium-annotator", name);
+  if (!door.account) localStorage.setItem("trivium-annotator", name);
   at("who").textContent = name;
+  at("who").hidden = false;
   next();
 }
 
@@ -298,6 +310,7 @@ function openDemonstration() {
 /** @type {Record<string, () => unknown>} */
 const KEYS = {
   "=": tie, t: tie, Backspace: undo, n: none, s: () => at("skip-dialog").showModal(), d: openDemonstration,
+  i: () => at("instructions").toggleAttribute("open"), f: () => openFlag(task?.responses.length ?? 0),
   "?": () => at("help-dialog").showModal(), Enter: submit,
 };
 
@@ -305,7 +318,7 @@ document.addEventListener("keydown", (event) => {
   const target = /** @type {HTMLElement} */ (event.target);
   if (target.id === "ideal" && event.key === "Enter" && (event.ctrlKey || event.metaKey)) saveIdeal();
   if (event.key === "Escape" && ["ideal", "rationale"].includes(target.id)) at("prompt-title").focus();
-  if (!task || at("work").hidden || !shortcuts || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!task || at("work").hidden || !settings.shortcuts || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   if (document.querySelector("dialog[open]") || target.matches("input, textarea, select")) return;
   if (event.key === "Enter" && target.closest("button, summary, a")) return;
   const digit = /^[1-9]$/.test(event.key) ? Number(event.key) : 0;
@@ -314,6 +327,11 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
+
+// While the task is read its place is kept; a closed or forgotten page lets it go.
+setInterval(() => {
+  if (!document.hidden && task) post("/api/keep", { task: task.id, annotator }).catch(() => {});
+}, 300_000);
 
 setInterval(() => {
   if (document.hidden || !task) return;
@@ -324,8 +342,8 @@ setInterval(() => {
 
 /** @type {[string, () => unknown][]} */
 const BUTTONS = [
-  ["undo", undo], ["tie", tie], ["none", none], ["submit", submit], ["save-ideal", saveIdeal], ["who", askName],
-  ["skip", KEYS.s], ["help-open", KEYS["?"]], ["again", () => next()], ["retry", () => next()],
+  ["undo", undo], ["tie", tie], ["none", none], ["submit", submit], ["save-ideal", saveIdeal], ["who", () => door.openAccount() || askName()], ["join", () => door.join()], ["sign-out", () => door.signOut()],
+  ["skip", KEYS.s], ["flag", KEYS.f], ["help-open", KEYS["?"]], ["again", () => next()], ["retry", () => next()],
 ];
 for (const [id, action] of BUTTONS) {
   at(id).addEventListener("click", (/** @type {MouseEvent} */ event) => {
@@ -336,10 +354,20 @@ for (const [id, action] of BUTTONS) {
 document.querySelectorAll("[data-close]").forEach((button) => {
   button.addEventListener("click", () => button.closest("dialog")?.close());
 });
-at("shortcuts").addEventListener("change", () => { shortcuts = at("shortcuts").checked; });
+target(at("order"), (index) => move(index, -1));
+bind((name) => {
+  if (name !== "formatted") return;
+  drawTask();
+  drawRanking();
+});
 at("name-dialog").addEventListener("cancel", (/** @type {Event} */ event) => { if (!annotator) event.preventDefault(); });
 at("name-dialog").addEventListener("close", () => { if (!annotator) askName(); });
 at("name-dialog").querySelector("form").addEventListener("submit", () => enter(at("name").value.trim() || "annotator"));
+onFlag(async (response, reason) => {
+  const current = task;
+  if (!current || !(await hold(() => post("/api/flag", { task: current.id, annotator, response, reason })))) return;
+  say(`Response ${response + 1} is flagged as harmful. The ranking is still yours to give.`);
+});
 at("skip-dialog").querySelector("form").addEventListener("submit", async () => {
   const current = task;
   const chosen = at("skip-dialog").querySelector("input[name=reason]:checked");
@@ -349,6 +377,13 @@ at("skip-dialog").querySelector("form").addEventListener("submit", async () => {
   if (current && (await hold(() => post("/api/skip", { task: current.id, annotator, reason })))) await next("Skipped.");
 });
 
-const known = document.body.dataset.annotator || localStorage.getItem("trivium-annotator") || "";
-if (known) enter(known);
-else askName();
+const door = new Door(enter, () => show("door"));
+door
+  .open()
+  .then((closed) => {
+    if (closed) return;
+    const known = document.body.dataset.annotator || localStorage.getItem("trivium-annotator") || "";
+    if (known) enter(known);
+    else askName();
+  })
+  .catch(inTrouble);

@@ -59,6 +59,20 @@ export class Ranking {
     this.tied = false;
   }
 
+  /**
+   * Put a response right before another one that has a place, or in the next place if that one has none.
+   * @param {number} index @param {number} other
+   */
+  moveBefore(index, other) {
+    if (index === other) return;
+    this.remember();
+    const rest = this.groups.map((group) => group.filter((each) => each !== index)).filter((group) => group.length);
+    const place = rest.findIndex((group) => group.includes(other));
+    rest.splice(place < 0 ? rest.length : place, 0, [index]);
+    this.groups = rest;
+    this.tied = false;
+  }
+
   /** Let the next response tie with the one before, or no longer. @returns {boolean} whether that can be */
   tie() {
     if (!this.groups.length || !this.left().length) return false;
