@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.preferences.comparisons import comparisons, derive, heldout_prompts, majority, ranked_groups, split_by_prompt
+from trivium.preferences.comparisons import (
+    comparisons,
+    derive,
+    heldout_prompts,
+    majority,
+    ranked_groups,
+    split_by_prompt,
+)
 from trivium.records import Completion, Conversation, Message, Ranking
 
 

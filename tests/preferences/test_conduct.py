@@ -76,6 +76,12 @@ def test_consistence_of_the_extremes():
     assert np.isnan(consistence(0, 2))
 
 
+def test_a_ranking_of_three_is_no_witness():
+    """It decides three pairs, but could not have contradicted itself."""
+    assert intransitivity([make("abc")]) == {}
+    assert intransitivity([make("abc"), make("ab"), make("bc"), make("ca")])["x"].circular == 1
+
+
 def test_annotators_and_prompts_are_kept_apart():
     around = [make("ab"), make("bc", "y"), make("ca"), make("bc", prompt="q")]
     assert {name: t.decided for name, t in intransitivity(around).items()} == {"x": 0, "y": 0}

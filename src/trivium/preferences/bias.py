@@ -65,25 +65,14 @@ def position_test(sheet: Sheet, annotator: str | None = None) -> Tested:
 
     A randomisation test: if the place does not matter, every order on the screen was equally likely whatever was
     answered, and sum(place * score) has mean 0 and variance |place|^2 |score|^2 / (K - 1) exactly (Hoeffding 1951).
-    Scores are first cleaned of what the other annotators say of the same responses (`residuals`): the test stays
+    Scores are first cleaned of what the other annotators say of the same responses (`Sheet.residuals`): the test stays
     exact, because they did not see this order, and gains power. The effect is the mean correlation of place and score.
     """
-    cleaned = sheet.residuals
-    rows = [r for r in range(len(sheet)) if sheet.places[r] is not None and np.any(sheet.scores[r])]
-    if annotator is not None:
-        number = sheet.annotators.index(annotator)
-        rows = [row for row in rows if sheet.who[row] == number]
-    total = variance = raw = 0.0
-    for row in rows:
-        places, scores = sheet.places[row], cleaned[row]
-        assert places is not None
-        total += float(places @ scores)
-        variance += float(places @ places) * float(scores @ scores) / (len(places) - 1)
-        raw += float(places @ sheet.scores[row]) / math.sqrt(
-            float(places @ places) * float(sheet.scores[row] @ sheet.scores[row])
-        )
-    z = total / math.sqrt(variance) if variance > 0 else math.nan
-    return Tested(effect=raw / max(len(rows), 1), z=z, p=p_value(z), n=len(rows))
+    known = ~np.isnan(sheet.placings[:, 0])
+    rows = sheet.placings[known if annotator is None else known & sheet.mine(annotator)]
+    variance = float(rows[:, 1].sum())
+    z = float(rows[:, 0].sum()) / math.sqrt(variance) if variance > 0 else math.nan
+    return Tested(effect=float(rows[:, 2].sum()) / max(len(rows), 1), z=z, p=p_value(z), n=len(rows))
 
 
 def leaning_test(sheet: Sheet, values: Floats, annotator: str | None = None) -> Tested:

@@ -55,11 +55,12 @@ def circular_triads(pairs: Iterable[tuple[str, str]]) -> Triads:
 def intransitivity(rankings: Iterable[Ranking]) -> dict[str, Triads]:
     """Return each annotator's circular triads, over all prompts of which they judged several pairs.
 
-    One ranking of K responses cannot contradict itself; pairs asked one by one can.
+    Only pairs that were asked one by one count: one ranking of three or more responses cannot contradict itself.
     """
     pairs: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for ranking in rankings:
-        pairs[ranking.annotator, ranking.prompt_id] += derive(ranking)
+        if sum(map(len, ranking.groups)) == 2:
+            pairs[ranking.annotator, ranking.prompt_id] += derive(ranking)
     found: dict[str, list[Triads]] = defaultdict(list)
     for (annotator, _), own in sorted(pairs.items()):
         found[annotator].append(circular_triads(own))

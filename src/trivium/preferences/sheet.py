@@ -58,10 +58,18 @@ class Sheet:
 
         For a pair of responses it is 1 for the same verdict, -1 for the opposite, 0 where one is a tie.
         """
-        pairs = [
-            (a, b) for rows in self.rows_of for a, b in itertools.combinations(rows, 2) if self.who[a] != self.who[b]
-        ]
-        values = [cosine(self.scores[a], self.scores[b]) for a, b in pairs]
+        pairs: list[tuple[int, int]] = []
+        values: list[float] = []
+        for rows in self.rows_of:
+            stack = np.array([self.scores[row] for row in rows])
+            lengths = np.sqrt((stack**2).sum(axis=1))
+            # A single tie has length 0 and correlates with nothing.
+            stack = stack / np.where(lengths > 0, lengths, 1.0)[:, None]
+            gram = (stack @ stack.T).tolist()
+            for (a, first), (b, second) in itertools.combinations(enumerate(rows), 2):
+                if self.who[first] != self.who[second]:
+                    pairs.append((first, second))
+                    values.append(gram[a][b])
         return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(values, dtype=np.float64)
 
     @cached_property
@@ -71,14 +79,33 @@ class Sheet:
         The forecast is one slope, fitted over all judgements, times the mean of the others; without others it is 0.
         What it takes away is the responses' quality, which is only noise to a test of the screen.
         """
-        others: list[Floats] = []
-        for row, item in enumerate(self.items.tolist()):
-            rest = [self.scores[r] for r in self.rows_of[item] if self.who[r] != self.who[row]]
-            others.append(np.mean(rest, axis=0) if rest else np.zeros_like(self.scores[row]))
+        others = [np.zeros_like(scores) for scores in self.scores]
+        for rows in self.rows_of:
+            who = self.who[rows]
+            stack = np.array([self.scores[row] for row in rows])
+            rest = (who[:, None] != who[None, :]).astype(np.float64)
+            means = rest @ stack / np.maximum(rest.sum(axis=1, keepdims=True), 1)
+            for row, mean in zip(rows, means, strict=True):
+                others[row] = mean
         own = sum(float(s @ o) for s, o in zip(self.scores, others, strict=True))
         room = sum(float(o @ o) for o in others)
         slope = own / room if room > 0 else 0.0
         return [s - slope * o for s, o in zip(self.scores, others, strict=True)]
+
+    @cached_property
+    def placings(self) -> Floats:
+        """What a test of the screen adds up, [R, 3], NaN where no order was recorded or all is one tie.
+
+        Of each judgement: sum(place * residual score), the variance of that over all orders on the screen,
+        |place|^2 |residual|^2 / (K - 1), and the plain correlation of place and score.
+        """
+        found = np.full((len(self), 3), np.nan)
+        for row, (places, scores, left) in enumerate(zip(self.places, self.scores, self.residuals, strict=True)):
+            if places is not None and np.any(scores):
+                width = float(places @ places)
+                variance = width * float(left @ left) / (len(places) - 1)
+                found[row] = places @ left, variance, cosine(places, scores)
+        return found
 
 
 def sheet_of(rankings: Iterable[Ranking]) -> Sheet:
@@ -132,9 +159,10 @@ def leanings(sheet: Sheet, numbers: Mapping[str, float]) -> Floats:
     -1, or 0 for a tie.
     """
     found = np.full(len(sheet), np.nan)
-    for row, (names, scores) in enumerate(zip(sheet.names, sheet.scores, strict=True)):
-        values = np.array([numbers[name] for name in names], dtype=np.float64)
-        if np.ptp(values) > 0:
-            order = np.array([(values < v).sum() - (values > v).sum() for v in values]) / 2
-            found[row] = cosine(scores, order)
+    for rows in sheet.rows_of:
+        values = np.array([numbers[name] for name in sheet.names[rows[0]]], dtype=np.float64)
+        order = np.sign(values[:, None] - values[None, :]).sum(axis=1) / 2
+        if order.any():
+            for row in rows:
+                found[row] = cosine(sheet.scores[row], order)
     return found
