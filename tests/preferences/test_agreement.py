@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from trivium.preferences.agreement import agreement, bootstrap, kendall_tau_b, krippendorff_alpha, midranks, ratio
+from trivium.preferences.agreement import (
+    agreement,
+    alpha_interval,
+    bootstrap,
+    concordance,
+    kendall_tau_b,
+    kendall_w,
+    krippendorff_alpha,
+    midranks,
+    ratio,
+    retest,
+)
 from trivium.records import Ranking
 
 
@@ -135,3 +146,71 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         estimate = bootstrap(np.stack([wins, np.ones(80)], axis=1), ratio, seed=seed)
         covered += estimate.low <= 0.7 <= estimate.high
     assert covered >= 50
+
+
+@pytest.mark.parametrize("level", ["nominal", "ordinal", "interval"])
+@pytest.mark.parametrize("seed", range(3))
+def test_alpha_at_every_level_equals_the_reference(level, seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 100, size=30) * (1 if level == "interval" else 0.04)
+    data = np.rint(truth + rng.normal(size=(3, 30)))
+    data[rng.random(data.shape) < 0.25] = np.nan
+    expected = krippendorff.alpha(reliability_data=data, level_of_measurement=level)
+    assert krippendorff_alpha(data, level) == pytest.approx(expected, abs=1e-12)
+    found = alpha_interval(data, level)
+    assert found.value == pytest.approx(expected, abs=1e-12)
+    assert found.low < found.value < found.high and found.n == 30
+
+
+def test_alpha_levels_of_the_published_example():
+    # Krippendorff (2011), sections C to E: nominal 0.743, ordinal 0.815, interval 0.849.
+    n = float("nan")
+    data = np.array(
+        [
+            [1, 2, 3, 3, 2, 1, 4, 1, 2, n, n, n],
+            [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, n, 3],
+            [n, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, n],
+            [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, n],
+        ]
+    )
+    assert krippendorff_alpha(data, "nominal") == pytest.approx(0.743, abs=5e-4)
+    assert krippendorff_alpha(data, "interval") == pytest.approx(0.849, abs=5e-4)
+
+
+def test_kendalls_w_by_hand():
+    # Three rankings of three: sums 4, 6, 8, mean 6, S = 8; W = 12 * 8 / (9 * 24) = 4/9.
+    assert kendall_w(np.array([[1.0, 2, 3], [1, 2, 3], [2, 2, 2]])) == pytest.approx(12 * 8 / (9 * 24 - 3 * 24))
+    assert kendall_w(np.array([[1.0, 2, 3], [1, 3, 2], [2, 1, 3]])) == pytest.approx(4 / 9)
+    assert kendall_w(np.array([[1.0, 2, 3]] * 4)) == 1
+    assert np.isnan(kendall_w(np.array([[2.0, 2, 2]] * 2)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kendalls_w_is_friedmans_statistic_and_without_ties_the_mean_spearman(seed):
+    """Friedman's chi-squared is m (n - 1) W, also with ties; and W = (1 + (m - 1) mean r_s) / m."""
+    rng = np.random.default_rng(seed)
+    tied = np.array([scipy.stats.rankdata(row) for row in rng.integers(4, size=(5, 6))])
+    friedman = scipy.stats.friedmanchisquare(*tied.T).statistic
+    assert kendall_w(tied) == pytest.approx(friedman / (5 * 5), abs=1e-12)
+    ranks = np.array([rng.permutation(6) + 1.0 for _ in range(5)])
+    mean = np.mean([scipy.stats.spearmanr(a, b).statistic for a, b in itertools.combinations(ranks, 2)])
+    assert kendall_w(ranks) == pytest.approx((1 + 4 * mean) / 5, abs=1e-12)
+
+
+def test_concordance_is_the_mean_over_what_several_ranked():
+    rankings = [make("abc", "x"), make("abc", "y"), make("abc", "x", "q"), make("cba", "y", "q"), make("ab", "x", "r")]
+    found = concordance(rankings)
+    assert found.value == pytest.approx(0.5) and found.n == 2
+    assert concordance([make("ab", "x")]) is None
+
+
+def test_retest_compares_everybody_with_themselves_alone():
+    """x says the same twice, y turns round; that x and y contradict each other does not enter."""
+    rankings = [make("ab", "x"), make("ba", "y"), make("ab", "x"), make("ab", "y")]
+    assert retest(rankings).pairwise.value == 0.5
+    assert retest(rankings).pairwise.n == 1  # one prompt, however many asked about it
+    assert retest([make("ab", "x"), make("ba", "y")]).pairwise is None
+    assert retest([make("ab", "x"), make("ab", "x", kind="ai")]).pairwise is None
+    # Three times: three comparisons, of which two are alike in nothing.
+    thrice = retest([make("ab", "x"), make("ab", "x"), make("ba", "x")])
+    assert thrice.pairwise.value == pytest.approx(1 / 3)

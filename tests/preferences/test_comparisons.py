@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.preferences.comparisons import comparisons, derive, heldout_prompts, ranked_groups, split_by_prompt
+from trivium.preferences.comparisons import (
+    comparisons,
+    derive,
+    heldout_prompts,
+    majority,
+    ranked_groups,
+    split_by_prompt,
+)
 from trivium.records import Completion, Conversation, Message, Ranking
 
 
@@ -79,3 +86,21 @@ def test_a_single_tie_is_a_group_only_where_ties_are_asked_for():
     rankings = [make("ab"), make("a", "b"), make("a"), make("ab", none_acceptable=True), make(none_acceptable=True)]
     assert [g.ranks for g in ranked_groups(rankings)] == [(0, 1)]
     assert [g.ranks for g in ranked_groups(rankings, ties=True)] == [(0, 0), (0, 1)]
+
+
+def test_majority_by_hand():
+    votes = [make("a", "b", "c", annotator="x"), make("a", "c", "b", annotator="y"), make("b", "a", "c", annotator="z")]
+    (found,) = majority(votes)
+    assert found.groups == (("a",), ("b",), ("c",)) and found.annotator == "majority" and found.kind == "human"
+    # Two against two on every pair: one tie. A circle of majorities: one tie, too.
+    even = majority([make("a", "b"), make("b", "a", annotator="y")])
+    assert even[0].groups == (("a", "b"),)
+    circle = [make("a", "b", "c"), make("b", "c", "a", annotator="y"), make("c", "a", "b", annotator="z")]
+    assert majority(circle)[0].groups == (("a", "b", "c"),)
+
+
+def test_majorities_are_of_one_set_of_responses_each():
+    votes = [make("a", "b"), make("c", "a", annotator="y"), make("a", "b", prompt="q"), make(none_acceptable=True)]
+    assert [(r.prompt_id, r.groups) for r in majority(votes)] == [
+        ("p", (("a",), ("b",))), ("p", (("c",), ("a",))), ("q", (("a",), ("b",)))
+    ]  # fmt: skip

@@ -22,8 +22,10 @@ from trivium.evals.calibration import calibration_error, fit_temperature
 from trivium.evals.ranked_pairs import scored_pairs
 from trivium.models.heads import ScalarModel
 from trivium.models.hf import load_model, load_scalar_model, read_extra
+from trivium.preferences.comparisons import split_by_prompt
+from trivium.preferences.reliability import reliability
 from trivium.preferences.store import Store
-from trivium.records import Completion
+from trivium.records import Completion, Ranking
 from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
@@ -355,6 +357,59 @@ def test_weights_go_by_annotator_to_the_training_side_alone(make: Make, tmp_path
             load(weights={annotator: 0.0})
 
 
+def test_weights_by_reliability_are_measured_on_the_training_side(make: Make, tmp_path, tiny_tokenizer: Tokenizer):
+    """Three annotators judge every prompt, one of them by chance: the weights are those of the training rankings."""
+    rng = random.Random(0)
+    items = judged(tiny_tokenizer, prompts=30)
+    with Store(tmp_path / "preferences.db") as store:
+        store.add_tasks("crowd", [(prompt, completions) for prompt, completions, _ in items], overlap=3)
+        for who in ("anna", "ben", "spam"):
+            for prompt, completions, ranks in items:
+                order = sorted(completions, key=lambda c: ranks[completions.index(c)])
+                if who == "spam":
+                    rng.shuffle(order)
+                groups = tuple((c.id,) for c in order)
+                store.submit(Ranking(prompt_id=prompt.id, groups=groups, annotator=who, kind="simulated"), "crowd")
+        load = partial(
+            load_judgements, store, "crowd", tiny_tokenizer, kinds=(), heldout_frac=0.25, context=512, seed=0
+        )
+        plain, found, twice = load(), load(by_reliability=True), load(by_reliability=True, weights={"anna": 0.5})
+        train, _ = split_by_prompt(store.rankings("crowd"), fraction=0.25, seed=0)
+        with pytest.raises(UserError, match="no two annotators judged the same"):
+            load_judgements(
+                store, COLLECTION, tiny_tokenizer, kinds=(), heldout_frac=0.25, context=512, seed=0, by_reliability=True
+            )
+    expected = reliability(train)
+    assert found.reliability == expected and not plain.reliability
+    assert expected["spam"].weight < 0.4 < 1 < expected["anna"].weight
+    weights = sorted(g.weight for g in found.train)
+    assert weights == sorted(expected[r.annotator].weight for r in train if expected[r.annotator].weight > 0)
+    assert sum(weights) / len(train) == pytest.approx(1)
+    assert {g.weight for g in found.heldout} == {g.weight for g in plain.train} == {1.0}
+    assert sum(g.weight for g in found.train) - sum(g.weight for g in twice.train) == pytest.approx(
+        sum(r.annotator == "anna" for r in train) * expected["anna"].weight / 2
+    )
+
+
+def test_weights_by_reliability_reach_the_loss_and_the_manifest(make: Make, tmp_path, tiny_tokenizer: Tokenizer):
+    """Another model than with equal weights, and what was measured of each stands in the summary."""
+    with Store(tmp_path / "preferences.db") as store:
+        for prompt, completions, ranks in judged(tiny_tokenizer):
+            for who, turned in (("anna", False), ("ben", False), ("contrary", True)):
+                order = sorted(completions, key=lambda c: ranks[completions.index(c)], reverse=turned)
+                groups = tuple((c.id,) for c in order)
+                store.submit(Ranking(prompt_id=prompt.id, groups=groups, annotator=who, kind="simulated"), COLLECTION)
+    short = dataclasses.replace(CONFIG, fit=dataclasses.replace(CONFIG.fit, steps=10))
+    plain, weighted = make("plain"), make("weighted")
+    reward_model.run(short, plain)
+    reward_model.run(dataclasses.replace(short, annotator_weights="reliability"), weighted)
+    states = [dict(load_scalar_model(run.dir / "model").state_dict()) for run in (plain, weighted)]
+    assert not equal(*states)
+    found = weighted.finish("done").summary["reliability"]
+    assert found["contrary"]["weight"] == 0 and found["anna"]["accuracy"] > 0.9
+    assert plain.finish("done").summary["reliability"] == {}
+
+
 def test_a_prompt_that_is_too_long_is_cut_at_its_beginning(make: Make, tmp_path, tiny_tokenizer: Tokenizer) -> None:
     """Every group fits, the first token and the prompt's end stay, the completions are whole, and it is counted."""
     worked = PreferenceGroup(prompt_ids=[1, 2, 3, 4, 5], completion_ids=[[6, 7], [8, 9, 10]], ranks=[0, 1])
@@ -471,6 +526,8 @@ def test_foreseeable_mistakes_are_one_sentence(make: Make) -> None:
         reward_model.Config(loss="bradley")
     with pytest.raises(ConfigError, match="drop"):
         reward_model.Config(ties="half")
+    with pytest.raises(ConfigError, match="annotator_weights"):
+        reward_model.Config(annotator_weights="measured")
     with pytest.raises(ConfigError, match=r"weights.ann = -1"):
         reward_model.Config(weights={"ann": -1.0})
     with pytest.raises(ConfigError, match="margin"):

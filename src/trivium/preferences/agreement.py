@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from trivium.records import Ranking
 
 Floats = NDArray[np.float64]
+Level = Literal["nominal", "ordinal", "interval"]
 RESAMPLES = 1000
 
 
@@ -138,14 +140,82 @@ def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float:
     return ratio(_verdicts(np.array([first, second], dtype=np.float64))[2])
 
 
-def krippendorff_alpha(ratings: Floats) -> float:
-    """Return Krippendorff's ordinal alpha of ratings [annotators, units], NaN for a missing one.
+def krippendorff_alpha(ratings: Floats, level: Level = "ordinal") -> float:
+    """Return Krippendorff's alpha of ratings [annotators, units], NaN for a missing one.
 
-    alpha = 1 - observed / expected disagreement; NaN where all ratings are equal (Krippendorff 2011, section D).
+    alpha = 1 - observed / expected disagreement; NaN where all ratings are equal (Krippendorff 2011, section D). How
+    far two ratings are apart depends on the level: `nominal`, equal or not; `ordinal`, by the ratings between them;
+    `interval`, by their difference.
     """
+    return float(_alpha_at(*_units(ratings, level)))
+
+
+def alpha_interval(ratings: Floats, level: Level = "ordinal", *, seed: int = 0) -> Estimate | None:
+    """Return the same with its interval, the units (columns) drawn with replacement; None where it is undefined."""
+    coincidences, distance = _units(ratings, level)
+    apiece = [_coincidences(column, len(coincidences)) for column in _codes(ratings)[1].T[:, :, None]]
+    return bootstrap(np.array(apiece), lambda sums: _alpha_at(sums, distance), seed=seed)
+
+
+def _codes(ratings: Floats) -> tuple[Floats, NDArray[np.int_]]:
+    """Return the values that occur, ascending, and each rating as its place among them, -1 for a missing one."""
     values = np.unique(ratings[~np.isnan(ratings)])
-    categories = np.where(np.isnan(ratings), -1, np.searchsorted(values, np.nan_to_num(ratings, nan=values[0])))
-    return _alpha(_coincidences(categories, len(values)))
+    fill = values[0] if len(values) else 0.0
+    return values, np.where(np.isnan(ratings), -1, np.searchsorted(values, np.nan_to_num(ratings, nan=fill)))
+
+
+def _units(ratings: Floats, level: Level) -> tuple[Floats, Floats | None]:
+    """Return the coincidence matrix, and the squared distance of its values (None: ordinal, from the totals)."""
+    values, codes = _codes(ratings)
+    distances: dict[Level, Floats | None] = {
+        "nominal": 1.0 - np.eye(len(values)),
+        "interval": (values[:, None] - values[None, :]) ** 2,
+        "ordinal": None,
+    }
+    return _coincidences(codes, len(values)), distances[level]
+
+
+def kendall_w(ranks: Floats) -> float:
+    """Return Kendall's coefficient of concordance of ranks [annotators, items], tied ones at their midranks.
+
+    W = 12 S / (m^2 (n^3 - n) - m T): 1 when all rank alike, and 1 / m in expectation when all rank at random (Kendall
+    and Smith 1939; T corrects for ties). With m raters, (m W - 1) / (m - 1) is their mean Spearman correlation. NaN
+    where every annotator ties everything.
+    """
+    raters, items = ranks.shape
+    totals = ranks.sum(axis=0)
+    spread = float(((totals - totals.mean()) ** 2).sum())
+    ties = sum(float((sizes**3 - sizes).sum()) for row in ranks for sizes in [np.unique(row, return_counts=True)[1]])
+    room = raters**2 * (items**3 - items) - raters * ties
+    return 12 * spread / room if room > 0 else float("nan")
+
+
+def concordance(rankings: Iterable[Ranking], *, seed: int = 0) -> Estimate | None:
+    """Return the mean Kendall's W over all sets of responses that several annotators ranked, bootstrapped by prompt."""
+    tables = []
+    for items in _shared(rankings):
+        found = [w for w in map(kendall_w, items) if not np.isnan(w)]
+        if found:
+            tables.append([sum(found), len(found)])
+    return bootstrap(np.array(tables, dtype=np.float64), ratio, seed=seed)
+
+
+def retest(rankings: Iterable[Ranking], *, seed: int = 0) -> Agreement:
+    """Return how far annotators agree with themselves: on what they were shown again without being told.
+
+    `rankings` in the order given, repeats included. Several rankings of one set of responses by one annotator are
+    compared with each other, and with nobody else's; the figures are those of `agreement`.
+    """
+    times: dict[tuple[str, ...], int] = defaultdict(int)
+    again = []
+    for ranking in rankings:
+        who = f"{ranking.kind}/{ranking.annotator}"
+        own = (ranking.prompt_id, who, *sorted(name for group in ranking.groups for name in group))
+        times[own] += 1
+        # The response's name carries whose it is, so that nobody is compared with anybody else.
+        groups = tuple(tuple(f"{who}/{name}" for name in group) for group in ranking.groups)
+        again.append(replace(ranking, groups=groups, annotator=str(times[own])))
+    return agreement(again, seed=seed)
 
 
 def _coincidences(categories: NDArray[np.int_], size: int) -> Floats:
@@ -158,11 +228,16 @@ def _coincidences(categories: NDArray[np.int_], size: int) -> Floats:
 
 
 def _alpha(coincidences: Floats) -> float:
+    return _alpha_at(coincidences, None)
+
+
+def _alpha_at(coincidences: Floats, distance: Floats | None) -> float:
     totals = coincidences.sum(axis=1)
     number = totals.sum()
-    # Ordinal distance: the ratings from c to k, the two ends counted by half; that is a difference of midpoints.
-    midpoints = np.cumsum(totals) - totals / 2
-    distance = (midpoints[:, None] - midpoints[None, :]) ** 2
+    if distance is None:
+        # Ordinal distance: the ratings from c to k, the ends counted by half; that is a difference of midpoints.
+        midpoints = np.cumsum(totals) - totals / 2
+        distance = (midpoints[:, None] - midpoints[None, :]) ** 2
     expected = (np.outer(totals, totals) * distance).sum()
     if expected <= 0:
         return float("nan")

@@ -38,6 +38,32 @@ def comparisons(
             )
 
 
+def majority(rankings: Sequence[Ranking], *, annotator: str = "majority") -> list[Ranking]:
+    """Return one ranking for each set of responses that was judged: responses by the majorities they win (Copeland).
+
+    Each pair goes to the response that more annotators placed higher; a response has a point for each pair it wins and
+    half a point for each that is even. Equal points share a group. Worked: a > b > c, a > c > b and b > a > c give a
+    two points, b one and c none. There is no `order_shown`: nobody was shown this.
+    """
+    found: dict[tuple[str, ...], list[Ranking]] = {}
+    for ranking in rankings:
+        names = sorted(name for group in ranking.groups for name in group)
+        if len(names) >= 2:
+            found.setdefault((ranking.prompt_id, *names), []).append(ranking)
+    made = []
+    for (prompt, *names), votes in found.items():
+        lead = dict.fromkeys(itertools.permutations(names, 2), 0)
+        for vote in votes:
+            for chosen, rejected in derive(vote):
+                lead[chosen, rejected] += 1
+                lead[rejected, chosen] -= 1
+        points = {a: sum((lead[a, b] > 0) + 0.5 * (lead[a, b] == 0) for b in names if b != a) for a in names}
+        levels = sorted(set(points.values()), reverse=True)
+        groups = tuple(tuple(name for name in names if points[name] == level) for level in levels)
+        made.append(Ranking(prompt_id=prompt, groups=groups, annotator=annotator, kind=votes[0].kind))
+    return made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedGroup:
     """One annotator's ranking as training wants it: ids and, parallel to them, ranks (0 is best, ties share one)."""

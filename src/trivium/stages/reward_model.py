@@ -61,6 +61,8 @@ class Config:
     """`drop`: a tied pair teaches nothing. `equal`: it counts as half a win each way, and pulls the scores together."""
     weights: dict[str, float] = field(default_factory=dict)
     """What an annotator's rankings count for in training, by name; 1 where not named, 0 leaves them out."""
+    annotator_weights: str = "named"
+    """`named`: `weights` alone. `reliability`: times what the annotators' votes on shared pairs say of each."""
     member: int = 0
     """Which member of an ensemble: above 0, prompts weigh by a random draw and come in an order of the member's own."""
     ensemble: tuple[Ref, ...] = ()
@@ -83,6 +85,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse an unknown loss, and a weight or margin that means nothing."""
         one_of(self, loss=("bradley_terry", "plackett_luce"), ties=("drop", "equal"))
+        one_of(self, annotator_weights=("named", "reliability"))
         bounds(self, heldout_frac=(0.01, 0.9), context=(8, None), margin=(0.0, None), center=(0.0, None))
         bounds(self, member=(0, None), max_rankings=(0, None), pessimism=(0.0, None))
         for name, weight in self.weights.items():
@@ -127,6 +130,7 @@ def run(config: Config, run: Run) -> None:
             ties=config.ties == "equal",
             weights=config.weights,
             cut=config.cut,
+            by_reliability=config.annotator_weights == "reliability",
         )
     device = device_of(run.settings)
     members = load_members(run, tokenizer, device)
@@ -234,6 +238,7 @@ def report(run: Run, model: ScalarModel, judgements: Judgements, measured: Measu
         num_heldout_rankings=len(judgements.heldout),
         dropped=judgements.dropped,
         cut=judgements.cut,
+        reliability={name: to_dict(found) for name, found in judgements.reliability.items()},
         ceiling=to_dict(found) if found else None,
         **measured.facts,
         **adapter_facts(model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from trivium.data.chat import render_prompt
 from trivium.data.collate import PreferenceGroup
 from trivium.data.tokenizer import Tokenizer
 from trivium.preferences.comparisons import ranked_groups, split_by_prompt
+from trivium.preferences.reliability import Reliability, reliability
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, Completion, Ranking
 
@@ -30,6 +31,8 @@ class Judgements:
     """Groups left out: no strict preference in them, longer than the context, or of weight 0."""
     cut: int = 0
     """Groups whose prompt was cut at its beginning to fit into the context."""
+    reliability: Mapping[str, Reliability] = field(default_factory=dict)
+    """What was measured of each annotator on the training side, where weights by reliability were asked for."""
 
 
 def load_judgements(
@@ -44,16 +47,20 @@ def load_judgements(
     ties: bool = False,
     weights: Mapping[str, float] | None = None,
     cut: bool = False,
+    by_reliability: bool = False,
 ) -> Judgements:
     """Return the judgements of a collection as token groups.
 
     With `ties`, rankings that are one tie are trained on too. `weights`: what an annotator's rankings count for in
-    training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out. Raises
-    UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown annotator.
+    training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out.
+    `by_reliability` multiplies the weights by those of `preferences.reliability`, measured on the training side alone.
+    Raises UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown
+    annotator.
     """
     weights = weights or {}
     rankings = rankings_of(store, collection, kinds, weights)
     sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
+    measured = measured_on(sides[0], collection) if by_reliability else {}
     prompts = store.prompts({ranking.prompt_id for ranking in rankings})
     completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
     encoded = {identity: render_prompt(tokenizer, prompt) for identity, prompt in prompts.items()}
@@ -67,7 +74,7 @@ def load_judgements(
                 completion_ids=[tokens[identity] for identity in group.completion_ids],
                 ranks=list(group.ranks),
                 ref_logprobs=None,
-                weight=weights.get(group.annotator, 1.0) if training else 1.0,
+                weight=weight_of(group.annotator, weights, measured) if training else 1.0,
                 prompt_id=group.prompt_id,
             )
             for group in ranked_groups(side, ties=ties and training)
@@ -88,7 +95,25 @@ def load_judgements(
         kinds=tuple(sorted({ranking.kind for ranking in rankings})),
         dropped=len(rankings) - len(kept[0]) - len(kept[1]),
         cut=num_cut,
+        reliability=measured,
     )
+
+
+def measured_on(rankings: Sequence[Ranking], collection: str) -> dict[str, Reliability]:
+    """Return the annotators' reliability; raises UserError where nobody judged what others did."""
+    found = reliability(rankings)
+    if not any(one.pairs for one in found.values()):
+        raise UserError(
+            f"{collection}: no two annotators judged the same responses, so nobody's reliability can be measured; "
+            "collect with overlap = 3, or set annotator_weights = 'named'"
+        )
+    return found
+
+
+def weight_of(annotator: str, weights: Mapping[str, float], measured: Mapping[str, Reliability]) -> float:
+    """Return what an annotator's rankings count for: the weight given by name times the one that was measured."""
+    weight = weights.get(annotator, 1.0)
+    return weight * measured[annotator].weight if annotator in measured else weight
 
 
 def rankings_of(
