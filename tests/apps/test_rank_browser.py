@@ -16,6 +16,8 @@ from trivium.preferences.assign import order_shown
 from trivium.preferences.store import People, Store
 from trivium.records import Completion, Conversation, Message
 
+from .test_rank_review import fill
+
 pytestmark = pytest.mark.browser
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -468,3 +470,50 @@ def test_an_invitation_opens_the_page_once(visit, store):
     page.reload()
     page.click("#join")
     page.wait_for_selector("#door-title:has-text('does not work')")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_lead_reviews_and_decides_by_keyboard(visit, store, width):
+    from axe_playwright_python.sync_playwright import Axe
+
+    tasks = fill(store)
+    page = visit(width=width)
+    page.goto(f"{page.url}review")
+    page.wait_for_selector(".dispute")
+    assert "12 of 12" in page.locator("#state").inner_text()
+    assert page.locator("#people tr").count() == 4
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.focus(".dispute summary")
+    page.keyboard.press("Enter")
+    shoot(page, f"review-{width}")
+    found = Axe().run(page).response["violations"]
+    assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+    page.focus("#order-0")
+    page.keyboard.type("1 > 1")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status.bad")
+    page.fill("#order-0", "3 > 1 = 2")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".decided", state="attached")
+    decided = [r for r in store.rankings("c") if r.prompt_id == tasks[0].prompt_id]
+    ids = tasks[0].completion_ids
+    assert [(r.annotator, r.groups) for r in decided] == [("lead", ((ids[2],), (ids[0], ids[1])))]
+
+
+def test_an_edit_is_an_ideal_response_and_preferred_to_what_it_was_made_of(visit, store):
+    add_task(store, "q", TEXTS)
+    page = visit(annotator="Ada")
+    page.wait_for_selector(".card >> nth=3")
+    page.keyboard.press("d")
+    page.select_option("#start-from", "1")
+    shown = order_shown(store.tasks()[0], "Ada")
+    assert page.input_value("#ideal") == store.completion(shown[1]).text
+    page.fill("#ideal", "Mira keeps bees.")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#status:has-text('Ideal response saved')")
+    (ideal,) = store.demonstrations()
+    assert (ideal.response, ideal.annotator) == ("Mira keeps bees.", "Ada")
+    (ranking,) = store.rankings()
+    better, worse = (store.completion(group[0]) for group in ranking.groups)
+    assert (better.text, better.policy, worse.id) == ("Mira keeps bees.", "edited by Ada", shown[1])
+    assert store.progress().rankings == 0 and page.is_visible(".card >> nth=3"), "the task is still to be ranked"

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from trivium.preferences.agreement import Estimate, agreement, concordance
+from trivium.preferences.agreement import Estimate, agreement, concordance, retest
 from trivium.preferences.bias import length_effect, position_effect
 from trivium.preferences.conduct import haste, intransitivity, with_others
+from trivium.preferences.qualification import pairs_right
 from trivium.preferences.reliability import reliability
 from trivium.preferences.screening import screen
 from trivium.preferences.sheet import Sheet, sheet_of
@@ -28,10 +29,14 @@ def collection_summary(
     """Return a collection's judgements of one kind for a lead's review, JSON-ready; None where a thing is undefined.
 
     `progress`; `agreement` (pairwise, alpha, tau_b, ceiling, concordance, each with value, low, high, n); `annotators`,
-    one dict each (rankings, mean seconds, agreement with others, reliability, circles, haste); `disputed`, the items
-    whose annotators agree the least; `bias` and `findings`, the screening's answers with their alarms.
+    one dict each (rankings, mean seconds, agreement with others, reliability, circles, haste, share of known answers
+    right); `disputed`, the items whose annotators agree the least; `retest`, how stable annotators are with the
+    questions that came back to them;
+    `bias` and `findings`, the screening's answers with their alarms. What a lead decided since is left out.
     """
-    rows = sorted(store.ranking_rows(collection, (kind,)), key=lambda row: row["sequence"])
+    rows = sorted(
+        store.ranking_rows(collection, (kind,), ("rank",), adjudicated=False), key=lambda row: row["sequence"]
+    )
     rankings = [to_ranking(row) for row in rows]
     sheet = sheet_of(rankings)
     names = {name for ranking in rankings for group in ranking.groups for name in group}
@@ -39,12 +44,17 @@ def collection_summary(
     lengths = {name: len(completion.text) for name, completion in completions.items()}
     policies = {name: completion.policy for name, completion in completions.items()}
     found = agreement(rankings, seed=seed)
+    known = known_answers(store, collection, kind)
     return {
         "collection": collection,
         "kind": kind,
         "progress": to_dict(store.progress(collection, kind)),
         "agreement": {**to_dict(found), "concordance": _estimate(concordance(rankings, seed=seed))},
-        "annotators": annotators(rankings, sheet, lengths, seed=seed),
+        "retest": to_dict(retest(with_repeats(store, collection, kind), seed=seed)),
+        "annotators": [
+            each | {"known_right": known.get(each["annotator"])}
+            for each in annotators(rankings, sheet, lengths, seed=seed)
+        ],
         "disputed": disputed(sheet, rankings),
         "bias": {
             "position": _estimate(position_effect(rankings, seed=seed)),
@@ -104,3 +114,21 @@ def disputed(sheet: Sheet, rankings: Sequence[Ranking], *, most: int = DISPUTED)
 
 def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
     return to_dict(estimate) if estimate else None
+
+
+def known_answers(store: Store, collection: str, kind: AnnotatorKind = "human") -> dict[str, float]:
+    """Return the share of pairs right on gold and qualification questions, by annotator."""
+    scores: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for row in store.ranking_rows(collection, (kind,), purposes=("gold", "qualify")):
+        scores[row["annotator"]].append(pairs_right(row["groups"], row["gold"]))
+    totals = {name: (sum(r for r, _ in found), sum(n for _, n in found)) for name, found in scores.items()}
+    return {name: right / total for name, (right, total) in totals.items() if total}
+
+
+def with_repeats(store: Store, collection: str, kind: AnnotatorKind = "human") -> list[Ranking]:
+    """Return each annotator's first and repeated judgement of every task that came back to them."""
+    again = store.ranking_rows(collection, (kind,), purposes=("repeat",))
+    asked = {(row["repeat_of"], row["annotator"]) for row in again}
+    first = store.ranking_rows(collection, (kind,), ("rank",), adjudicated=False)
+    originals = [row for row in first if (row["task_id"], row["annotator"]) in asked]
+    return [to_ranking(row) for row in [*originals, *again]]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trivium.apps.rank.access import Access
 from trivium.apps.rank.failures import AsciiJSONResponse, explain_errors
 from trivium.apps.rank.markup import tree
+from trivium.apps.rank.review import add_review
 from trivium.apps.rank.security import LOOPBACK, Guard
 from trivium.preferences.assign import next_task, order_shown
 from trivium.preferences.qualification import shut_out
@@ -68,6 +69,8 @@ class DemonstrationBody(Body):
     """The ideal response, written by the annotator."""
 
     response: Annotated[Text, Field(min_length=1)]
+    edited: Annotated[int, Field(ge=0, le=64)] | None = None
+    """The place on the screen of the response that was edited; none was when it is left out."""
 
 
 def create_app(
@@ -92,6 +95,7 @@ def create_app(
     access = Access(People(store) if accounts else None)
     access.add_to(app)
     _take_answers(app, store, access, collection)
+    add_review(app, store, access, templates.get_template("review.html"), collection)
 
     @app.get("/", response_class=HTMLResponse)
     def show_page() -> str:
@@ -161,16 +165,17 @@ def _take_answers(app: FastAPI, store: Store, access: Access, collection: str | 
         """Store that an annotator finds a response harmful."""
         access.check(request, body.annotator)
         task = _task(store, body.task, collection)
-        shown = order_shown(task, body.annotator)
-        if body.response >= len(shown):
-            raise Refused(f"there are {len(shown)} responses; flag one of these")
-        return {"stored": store.flag(task.id, shown[body.response], body.annotator, body.reason)}
+        harmful = _shown_at(task, body.annotator, body.response)
+        return {"stored": store.flag(task.id, harmful, body.annotator, body.reason)}
 
     @app.post("/api/demonstration")
     def demonstrate(body: DemonstrationBody, request: Request) -> dict[str, bool]:
-        """Store the ideal response that an annotator wrote."""
+        """Store the ideal response that an annotator wrote; made of another one, it is preferred to that one too."""
         access.check(request, body.annotator)
-        prompt = store.prompt(_task(store, body.task, collection).prompt_id)
+        task = _task(store, body.task, collection)
+        if body.edited is not None:
+            store.submit_edit(task, _shown_at(task, body.annotator, body.edited), body.response, body.annotator)
+        prompt = store.prompt(task.prompt_id)
         ideal = Demonstration(prompt=prompt, response=body.response, annotator=body.annotator)
         return {"stored": store.add_demonstration(ideal)}
 
@@ -180,6 +185,13 @@ def _task(store: Store, identifier: str, collection: str | None) -> Task:
     if collection is not None and task.collection != collection:
         raise UnknownTask(f"task {identifier!r} is not among those asked here; reload the page")
     return task
+
+
+def _shown_at(task: Task, annotator: str, place: int) -> str:
+    shown = order_shown(task, annotator)
+    if place >= len(shown):
+        raise Refused(f"there are {len(shown)} responses; name one of these")
+    return shown[place]
 
 
 def _shown(store: Store, task: Task, annotator: str) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def open_tasks(connection: Connection, collection: str | None, annotator: str, k
 def _has_place(task: Task, held: dict[str, int], ago: dict[str, int]) -> bool:
     if task.purpose == "repeat":
         return ago.get(task.repeat_of, -1) >= REPEAT_AFTER
-    return task.purpose != "rank" or task.judgements + held.get(task.id, 0) < task.overlap
+    if task.purpose != "rank":
+        return task.purpose != "edit"
+    return task.judgements + held.get(task.id, 0) < task.overlap
 
 
 def _held(connection: Connection, annotator: str, kind: AnnotatorKind) -> dict[str, int]:

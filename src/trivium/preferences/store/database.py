@@ -23,7 +23,7 @@ from trivium.preferences.store.judgements import (
     task_id,
 )
 from trivium.preferences.store.progress import Progress, progress
-from trivium.preferences.store.submission import submit
+from trivium.preferences.store.submission import submit, submit_edit
 from trivium.records import AnnotatorKind, Completion, Conversation, Demonstration, Ranking
 
 
@@ -63,11 +63,6 @@ class Store:
         self.close()
 
     # ---- what is asked ----
-
-    def add_prompts(self, prompts: Iterable[Conversation]) -> None:
-        """Store prompts by content id; those that are there already stay as they are."""
-        with self.writing() as connection:
-            rows.insert_new(connection, schema.prompts, map(rows.from_prompt, prompts))
 
     def add_completions(self, completions: Iterable[Completion]) -> None:
         """Store completions by content id; their prompts must be there. Raises UserError otherwise."""
@@ -200,6 +195,19 @@ class Store:
         with self.writing() as connection:
             return store(connection)
 
+    def adjudicate(self, ranking: Ranking, collection: str, idempotency_key: str, *, task: str) -> bool:
+        """Store what a lead decides about a disputed task: it stands in the place of all other judgements of it.
+
+        Those stay stored, and are what the annotators are measured by; a lead who decides again is the one that counts.
+        """
+        with self.writing() as connection:
+            return submit(connection, ranking, collection, idempotency_key, task, revise=True, adjudicates=True)
+
+    def submit_edit(self, task: Task, original: str, text: str, annotator: str) -> bool:
+        """Store a person's edit of a task's response as preferred to the original; return False for a repeat."""
+        with self.writing() as connection:
+            return submit_edit(connection, task, original, text, annotator)
+
     def submit_many(self, rankings: Iterable[tuple[Ranking, str, str]], collection: str) -> int:
         """Store (ranking, idempotency key, task) in one transaction, all or none, and return how many were new.
 
@@ -251,8 +259,8 @@ class Store:
     def rankings(self, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None) -> list[Ranking]:
         """Return the valid judgements (the last revision of each), of these kinds of annotator (None: of all).
 
-        Those of ordinary tasks alone: repeats and gold say something of the annotators. The order is that of tasks and
-        annotators, not that of arrival: a re-run yields the same list.
+        Those of ordinary tasks and of edits: repeats and gold say something of the annotators. The order is that of
+        tasks and annotators, not that of arrival: a re-run yields the same list.
         """
         return [rows.to_ranking(row) for row in self.ranking_rows(collection, kinds)]
 
@@ -260,9 +268,14 @@ class Store:
         self,
         collection: str | None = None,
         kinds: Collection[AnnotatorKind] | None = None,
-        purposes: Sequence[Purpose] = ("rank",),
+        purposes: Sequence[Purpose] = ("rank", "edit"),
+        *,
+        adjudicated: bool = True,
     ) -> list[dict[str, Any]]:
-        """Return the same as `rankings`, as rows with their task, its purpose, collection, revision and time."""
+        """Return the same as `rankings`, as rows with their task, its purpose, collection, revision and time.
+
+        Without `adjudicated`, as the annotators judged, whatever a lead decided since.
+        """
         table, tasks = schema.rankings, schema.tasks
         about = (tasks.c.prompt_id, tasks.c.collection, tasks.c.completion_ids)
         query = sa.select(table, *about, tasks.c.purpose, tasks.c.repeat_of, tasks.c.gold)
@@ -272,6 +285,15 @@ class Store:
             query = query.where(table.c.kind.in_(kinds))
         with self.reading() as connection:
             found = connection.execute(rows.within(query, collection)).mappings().all()
+        decided = {
+            row["task_id"]: row["sequence"]
+            for row in sorted(found, key=lambda row: row["sequence"])
+            if row["adjudicates"]
+        }
+        if adjudicated:
+            found = [row for row in found if decided.get(row["task_id"], row["sequence"]) == row["sequence"]]
+        else:
+            found = [row for row in found if not row["adjudicates"]]
         # Later revisions come later and replace, in place, what came before.
         latest = {(row["task_id"], row["kind"], row["annotator"]): row for row in found}
         return [dict(row) for row in latest.values()]
@@ -304,6 +326,19 @@ class Store:
             Demonstration(prompt=prompts[row["prompt_id"]], response=row["response"], annotator=row["annotator"])
             for row in found
         ]
+
+    def collections(self) -> list[str]:
+        """Return the names of all collections that ask something, in the order in which they came."""
+        table = schema.tasks
+        query = sa.select(table.c.collection).group_by(table.c.collection).order_by(sa.func.min(table.c.created_at))
+        with self.reading() as connection:
+            return list(connection.scalars(query))
+
+    def flags(self, collection: str | None = None) -> list[dict[str, Any]]:
+        """Return what people flagged as harmful, with the task, the response, who and why, in the order of time."""
+        query = sa.select(schema.flags).join(schema.tasks).order_by(schema.flags.c.created_at)
+        with self.reading() as connection:
+            return [dict(row) for row in connection.execute(rows.within(query, collection)).mappings()]
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows of each table, by its name."""

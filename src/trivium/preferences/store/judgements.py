@@ -13,7 +13,7 @@ from trivium.config import UserError
 from trivium.records import AnnotatorKind, Completion, Ranking, content_id
 
 KINDS: frozenset[str] = frozenset(typing.get_args(AnnotatorKind))
-Purpose = Literal["rank", "repeat", "gold", "qualify"]
+Purpose = Literal["rank", "repeat", "gold", "qualify", "edit"]
 MAX_NAME = 100
 """Characters of an annotator's name."""
 MAX_RATIONALE = 20_000
@@ -43,7 +43,8 @@ class Task:
     `collection` is the run that asked, `overlap` how many annotators (of one kind) are wanted, `judgements` how many
     have answered so far, `position` its place in the collection (from 0), `priority` how much an answer would teach
     (higher is asked first). `purpose`: "rank"; "repeat", the same question again for who answered `repeat_of`; "gold",
-    a question with a known answer; "qualify", one of those that a newcomer answers first. `gold` is the known answer.
+    a question with a known answer; "qualify", one of those that a newcomer answers first; "edit", which asks nobody:
+    it holds what somebody made of a response, preferred to it. `gold` is the known answer.
     """
 
     id: str

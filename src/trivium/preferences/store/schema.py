@@ -100,6 +100,7 @@ rankings = sa.Table(
     sa.Column("order_shown", JsonText, nullable=False),
     sa.Column("idempotency_key", sa.String(200), nullable=False),
     sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("adjudicates", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("task_id", "annotator", "kind", "revision"),
     sa.UniqueConstraint("task_id", "annotator", "kind", "idempotency_key"),
     sqlite_autoincrement=True,

@@ -6,9 +6,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from trivium.preferences.store import rows, schema
-from trivium.preferences.store.assignment import check_place, release
+from trivium.preferences.store.assignment import append, check_place, release
 from trivium.preferences.store.judgements import AlreadyJudged, Refused, Task, UnknownTask, check_ranking
-from trivium.records import Ranking, content_id
+from trivium.records import Completion, Ranking, content_id
 
 
 def submit(
@@ -19,6 +19,7 @@ def submit(
     task: str = "",
     revise: bool = False,
     within_overlap: bool = False,
+    adjudicates: bool = False,
 ) -> bool:
     """Append the judgement and return True, or return False where it is a repeat; see `Store.submit`."""
     asked = _find_task(connection, ranking, collection, task)
@@ -51,11 +52,29 @@ def submit(
         "seconds": ranking.seconds,
         "order_shown": ranking.order_shown,
         "idempotency_key": key,
+        "adjudicates": adjudicates,
         "created_at": rows.now(),
     }
     connection.execute(table.insert(), values)
     release(connection, asked.id, ranking.annotator, ranking.kind)
     return True
+
+
+def submit_edit(connection: Connection, task: Task, original: str, text: str, annotator: str) -> bool:
+    """Store what a person made of a response as preferred to it, and return True; False for a repeat.
+
+    It is a task of its own, which asks nobody: the two are its responses, the person's judgement its only one.
+    """
+    edited = Completion(prompt_id=task.prompt_id, text=text, policy=f"edited by {annotator}")
+    if edited.id == original or original not in task.completion_ids:
+        raise Refused("an edit changes one of the task's responses")
+    rows.insert_completions(connection, [edited])
+    name = content_id("edit", task.id, original, edited.id, annotator)
+    about = {"id": name, "prompt_id": task.prompt_id, "completion_ids": [edited.id, original], "overlap": 1}
+    append(connection, task.collection, [about | {"purpose": "edit"}])
+    groups = ((edited.id,), (original,))
+    ranking = Ranking(prompt_id=task.prompt_id, groups=groups, annotator=annotator, kind="human")
+    return submit(connection, ranking, task.collection, name, name)
 
 
 def _find_task(connection: Connection, ranking: Ranking, collection: str, task: str) -> Task:

@@ -21,8 +21,9 @@ export class Door {
   /** Let in who is signed in, or stand closed; false on a page without accounts. */
   async open() {
     const session = await fetchSession();
-    if (!session.accounts) return false;
     this.account = session.person;
+    at("review-link").hidden = session.accounts && (this.account?.role ?? "annotator") === "annotator";
+    if (!session.accounts) return false;
     if (this.account) {
       this.enter(this.account.name);
       return true;

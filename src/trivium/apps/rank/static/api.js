@@ -31,6 +31,11 @@ export function fetchTask(annotator) {
   return call(`/api/task?${new URLSearchParams({ annotator })}`);
 }
 
+/** @param {string} name of a collection; empty for the newest */
+export function fetchReview(name) {
+  return call(`/api/review?${new URLSearchParams(name ? { name } : {})}`);
+}
+
 /** @returns {Promise<{token: string, accounts: boolean, person: {name: string, role: string} | null}>} who is there */
 export async function fetchSession() {
   const session = await call("/api/session");

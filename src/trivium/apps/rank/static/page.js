@@ -2,6 +2,7 @@
 import { Door } from "./account.js";
 import { Refusal, fetchTask, newKey, post } from "./api.js";
 import { draggable, target } from "./drag.js";
+import { offerTexts } from "./ideal.js";
 import { onFlag, openFlag } from "./flag.js";
 import { fill } from "./markup.js";
 import { drawProgress } from "./progress.js";
@@ -66,6 +67,7 @@ function drawTask() {
     }),
   );
   at("responses").replaceChildren(...task.responses.map(card));
+  offerTexts(task.responses.map((each) => each.text));
   const told = task.instructions;
   at("instructions").hidden = !told;
   if (told) fill(at("instructions-text"), told.text, told.tree, settings.formatted);
@@ -251,7 +253,9 @@ async function saveIdeal() {
     say("The ideal response is empty.", true);
     return;
   }
-  const sent = await hold(() => post("/api/demonstration", { task: current.id, annotator, response }));
+  const from = at("start-from").value;
+  const edited = from && response !== current.responses[Number(from)].text ? { edited: Number(from) } : {};
+  const sent = await hold(() => post("/api/demonstration", { task: current.id, annotator, response, ...edited }));
   if (!sent) return;
   at("ideal").value = "";
   at("demonstrate").open = false;

@@ -19,6 +19,7 @@ def upgrade() -> None:
     op.add_column("tasks", sa.Column("repeat_of", sa.String(64), nullable=True))
     op.add_column("tasks", sa.Column("gold", sa.Text(), nullable=True))
     op.add_column("tasks", sa.Column("priority", sa.Float(), nullable=False, server_default="0"))
+    op.add_column("rankings", sa.Column("adjudicates", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.create_table(
         "collections",
         sa.Column("name", sa.String(200), primary_key=True),
@@ -68,4 +69,5 @@ def downgrade() -> None:
         op.drop_table(table)
     for column in ("priority", "gold", "repeat_of", "purpose"):
         op.drop_column("tasks", column)
+    op.drop_column("rankings", "adjudicates")
     op.execute("UPDATE trivium_schema SET version = 1")
