@@ -96,7 +96,7 @@ def take(
 
 def _judged_by(connection: Connection, task: str, kind: str) -> set[str]:
     table = schema.rankings
-    query = sa.select(table.c.annotator).where(table.c.task_id == task, table.c.kind == kind)
+    query = sa.select(table.c.annotator).where(table.c.task_id == task, table.c.kind == kind, ~table.c.adjudicates)
     return set(connection.scalars(query))
 
 

@@ -33,7 +33,7 @@ def progress(connection: Connection, collection: str | None, kind: AnnotatorKind
     answers, skips, tasks = schema.rankings, schema.skips, schema.tasks
     ordinary = tasks.c.purpose == "rank"
     given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(tasks))
-    given = given.where(answers.c.kind == kind, answers.c.revision == 0, ordinary)
+    given = given.where(answers.c.kind == kind, answers.c.revision == 0, ~answers.c.adjudicates, ordinary)
     passed = sa.select(skips.c.task_id).select_from(skips.join(tasks)).where(skips.c.kind == kind, ordinary)
     if annotator is not None:
         given = given.where(answers.c.annotator == annotator)

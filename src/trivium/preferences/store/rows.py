@@ -116,7 +116,7 @@ def tasks_with_counts(kind: str) -> sa.Select[Any]:
     """
     table = schema.rankings
     judged = sa.select(sa.func.count(sa.distinct(table.c.annotator)))
-    judged = judged.where(table.c.task_id == schema.tasks.c.id, table.c.kind == kind)
+    judged = judged.where(table.c.task_id == schema.tasks.c.id, table.c.kind == kind, ~table.c.adjudicates)
     return sa.select(schema.tasks, judged.correlate(schema.tasks).scalar_subquery().label("judgements"))
 
 
