@@ -271,7 +271,7 @@ def test_a_controller_goes_on_from_its_state():
 def _settled(gain: float, start: float, seed: int) -> float:
     """The mean KL of the last quarter of 40 rounds of a policy that answers late and noisily, as the demo's does.
 
-    It moves up to 0.15 nats a round where KL is cheap, slower as its price nears what more of it is worth (0.2 at 1 nat,
+    It moves up to 0.15 nats a round where KL is cheap, slower as its price nears what more KL is worth (0.2 at 1 nat,
     half of that for each nat further), and 4/5 of its speed is the last round's (momentum).
     """
     generator = torch.Generator().manual_seed(seed)
