@@ -84,6 +84,23 @@ save_every = 1
 sampling = {{ max_new_tokens = 12 }}
 {OPTIM.replace("1e-3", "1e-4")}
 
+[ppo_variant]
+stage = "ppo"
+prompts = ["trivium.data.microworld:preference_prompts"]
+options = {{ num = 16 }}
+iterations = 3
+batch_size = 9
+save_every = 1
+kl_target = 0.5
+kl_gain = 2.0
+shared_trunk = true
+max_approx_kl = 2e-6
+whiten_rewards = true
+ptx = {{ coef = 0.5, rows = 5, context = 32 }}
+ptx_corpus = "train_tokenizer@latest"
+sampling = {{ max_new_tokens = 12 }}
+{OPTIM.replace("1e-3", "1e-4")}
+
 [dpo]
 heldout_frac = 0.3
 fit = {{ batch_size = 5, {FIT} }}
@@ -113,7 +130,7 @@ REWARD = """
 def first_token(prompts, completions):
     return [completion.token_ids[0] / 100 for completion in completions]
 """
-TRAINED = ("pretrain", "adapt", "sft", "reward_model", "ppo", "dpo", "grpo", "constitutional_ai")
+TRAINED = ("pretrain", "adapt", "sft", "reward_model", "ppo", "ppo_variant", "dpo", "grpo", "constitutional_ai")
 CLOCKED = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from trivium.models.heads import ScalarModel, score_at
+from trivium.models.heads import ScalarModel, TwoHeads, score_at
 from trivium.models.hf import load_scalar_model, save_model
 
 
@@ -83,3 +83,21 @@ def test_values_are_float32_under_autocast(tiny, tokens):
 def test_score_at_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     assert score_at(values, torch.tensor([2, 3])).tolist() == [2.0, 6.0]
+
+
+def test_two_heads_on_one_trunk(tiny, tokens):
+    model, ids = tiny(), tokens(2, 9)
+    beside = ScalarModel.beside(model)
+    assert beside.model is model.model and beside.score.weight.requires_grad
+    assert not beside(ids).any(), "every value is 0 at first"
+    both = TwoHeads(model, beside)
+    names = [name for name, _ in both.named_parameters()]
+    assert len(names) == len(list(model.named_parameters())) + 1 and "value.score.weight" in names
+    with torch.no_grad():
+        beside.score.weight.fill_(1.0)
+        before = beside(ids)
+        model.model.norm.weight.mul_(1.5)
+    assert torch.allclose(beside(ids), before * 1.5, atol=1e-4), "the trunk is the language model's own"
+    assert torch.equal(beside(ids), beside.read(model(ids)))
+    with pytest.raises(ValueError, match="trunk of its own"):
+        TwoHeads(model, ScalarModel.from_transformer(model))

@@ -10,6 +10,9 @@ and `kl_k3` that of the forward KL unless it is weighted with the ratio (losses/
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -132,28 +135,42 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None) -> Tenso
 
 
 class AdaptiveKL:
-    """Keeps the KL per completion near a target by moving `kl_coef` (Ziegler et al. 2019, section 2.2).
+    """Keeps the KL per completion near a target by moving `kl_coef`.
 
-    `value` is the coefficient to use now; a checkpoint stores that one number.
+    With `gain` 0 the controller of Ziegler et al. 2019, section 2.2: its coefficient sums up the errors of the past, so
+    it is late, and falls for as long as a fresh policy has not yet had the time to move. A `gain` answers to the error
+    of now as well. `value` is the coefficient to use now, `level` what the past has made of it.
     """
 
-    def __init__(self, init: float, target: float | None, horizon: float) -> None:
+    def __init__(self, init: float, target: float | None, horizon: float, gain: float = 0.0) -> None:
         """Start at `init`; `target` in nats per completion (None never moves), `horizon` in completions.
 
-        Raises ValueError unless target and horizon are positive.
+        Raises ValueError unless target and horizon are positive and the gain is not negative.
         """
-        if (target is not None and not target > 0) or not horizon > 0:
-            raise ValueError(f"target {target} and horizon {horizon} must be positive")
-        self.value = init
+        if (target is not None and not target > 0) or not horizon > 0 or not gain >= 0:
+            raise ValueError(f"target {target} and horizon {horizon} must be positive, gain {gain} not negative")
+        self.value = self.level = init
         self.target = target
         self.horizon = horizon
+        self.gain = gain
 
     def update(self, kl: float, n: int) -> float:
         """Move the coefficient after `n` completions of mean KL `kl` (nats) and return it.
 
-        `value *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon`: at most 20% per horizon.
+        With the error `e = kl / target - 1`: `level *= 1 + clip(e, -0.2, 0.2) * n / horizon`, at most 20% per horizon,
+        and `value = level * exp(gain * clip(e, -1, 1))`.
+        Worked: level 0.1, target 2, n = horizon, gain 3, kl 2.2: level 0.11, value 0.11 * exp(0.3) = 0.148.
         """
         if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * n / self.horizon
+            error = kl / self.target - 1
+            self.level *= 1 + min(max(error, -0.2), 0.2) * n / self.horizon
+            self.value = self.level * math.exp(self.gain * min(max(error, -1.0), 1.0))
         return self.value
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint holds of it."""
+        return {"kl_coef": self.value, "kl_level": self.level}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take `state()` back."""
+        self.value, self.level = state["kl_coef"], state["kl_level"]

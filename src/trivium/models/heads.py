@@ -43,6 +43,10 @@ class ScalarModel(nn.Module):
         hidden: Tensor = self.model(
             input_ids, positions=positions, document_ids=document_ids, attention_mask=attention_mask
         )
+        return self.read(hidden)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Return the values float32 [B, T] that the head gives hidden states [B, T, H] of its backbone."""
         # Not through nn.Linear: autocast would round rewards and values to bfloat16, that is to three digits.
         return (hidden.float() * self.score.weight[0].float()).sum(-1)
 
@@ -66,6 +70,28 @@ class ScalarModel(nn.Module):
         drawn = torch.randn(1, transformer.config.hidden_size, generator=generator) * std
         made.score.weight = nn.Parameter(drawn.to(weight))
         return made.train(transformer.training)
+
+    @classmethod
+    def beside(cls, transformer: Transformer) -> ScalarModel:
+        """Return a scalar model on the very network of a language model (one trunk, two heads); its head says 0."""
+        with torch.device("meta"):
+            made = cls(transformer.config)
+        made.model = transformer.model
+        weight = transformer.model.embed_tokens.weight
+        made.score.weight = nn.Parameter(torch.zeros_like(weight[:1], requires_grad=True))
+        return made.train(transformer.training)
+
+
+class TwoHeads(nn.Module):
+    """A language model and a scalar model on one trunk, as one module: what is trained when they share it."""
+
+    def __init__(self, policy: Transformer, value: ScalarModel) -> None:
+        """Hold both; raises ValueError where their trunks are two."""
+        super().__init__()
+        if value.model is not policy.model:
+            raise ValueError("the scalar model has a trunk of its own; make it with ScalarModel.beside")
+        self.policy = policy
+        self.value = value
 
 
 def score_at(values: Tensor, lengths: Tensor) -> Tensor:

@@ -15,44 +15,42 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_device
+from trivium.batches import LossOutput, RolloutBatch, select_rows, to_device
 from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, bounds, load_attribute
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses import ppo as losses
-from trivium.losses.logprobs import entropy, masked_mean, masked_sum, token_logprobs, whiten
+from trivium.losses.logprobs import entropy, masked_mean, masked_sum, token_logprobs
 from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
 from trivium.models.heads import ScalarModel
-from trivium.models.lora import LoraConfig, adapter_facts, policy_and_reference, trained_copy, training_flops
+from trivium.models.lora import adapter_facts, policy_and_reference, trained_copy
 from trivium.models.transformer import Transformer
 from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
+from trivium.training.actor_critic import ActorCritic, UpdateConfig
 from trivium.training.checkpoint import Checkpointer
 from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
-from trivium.training.optim import OptimConfig, Optimizer
-from trivium.training.parallel import spread, whole
+from trivium.training.experience import ExperienceConfig, Networks, experience
+from trivium.training.parallel import whole
 from trivium.training.rollout import (
     PromptSet,
     SampleConfig,
-    completion_logprobs,
     log_samples,
-    reference_logprobs,
     room_for_prompt,
-    rows_over_ranks,
     sample_over_ranks,
+    show_completion,
     to_tokens,
-    token_columns,
-    token_values,
 )
 from trivium.training.schedule import lr_scale
+from trivium.training.side_text import PtxConfig, SideText, TextBatch, text_objective
 from trivium.training.step import train_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The leash, the clip, and how much experience each update sees."""
+class Config(ExperienceConfig, UpdateConfig):
+    """The models and how much experience each round brings; the leash and the update are the two parents'."""
 
     policy: Ref = "sft@latest"
     """Where the policy starts; frozen, it is the reference too."""
@@ -68,43 +66,39 @@ class Config:
     """Rounds of sampling and updating."""
     batch_size: int = 64
     """Completions per round."""
-    epochs: int = 2
-    """Passes over each round's completions."""
-    minibatches: int = 2
-    """Optimizer steps per pass."""
-    kl_coef: float = 0.05
-    """Weight of the per-token KL (k1, nats) in the reward; where it starts when a target is set."""
-    kl_target: float = 0.0
-    """KL per completion (nats) that the adaptive controller holds; 0 keeps `kl_coef` fixed."""
-    clip_range: float = 0.2
-    """How far the ratio of new to old probability may move before its gradient stops."""
-    clip_range_value: float = 0.2
-    """How far a value may move from its old estimate."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    missing_eos_penalty: float = 1.0
-    """Taken off the score of a completion that was cut at the length limit."""
     save_every: int = 10
     """Rounds between checkpoints."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.0))
-    """Optimizer of policy and value model."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How completions are sampled."""
-    lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
-    """Low-rank adapters for policy and value model, on frozen weights; rank 0 means none."""
+    ptx: Dial[PtxConfig] = field(default_factory=PtxConfig)
+    """Pre-training text beside the completions, so that the policy does not forget it (PPO-ptx); off at `coef` 0."""
+    ptx_corpus: Dial[Ref] = ""
+    """With `ptx`: the `train_tokenizer` run whose text that is."""
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        bounds(self, iterations=(1, None), batch_size=(2, None), epochs=(1, None), minibatches=(1, self.batch_size))
-        bounds(self, kl_coef=(0, None), kl_target=(0, None), clip_range=(1e-4, 1), gamma=(0, 1), lam=(0, 1))
-        bounds(self, missing_eos_penalty=(0, None), save_every=(1, None))
+        """Refuse values outside their range, and a weight on text of which there is none."""
+        ExperienceConfig.__post_init__(self)
+        UpdateConfig.__post_init__(self)
+        bounds(self, iterations=(1, None), batch_size=(2, None), minibatches=(1, self.batch_size), save_every=(1, None))
+        if bool(self.ptx) != bool(self.ptx_corpus):
+            raise ConfigError(
+                f"ptx.coef = {self.ptx.coef}, ptx_corpus = {self.ptx_corpus!r}: one without the other means nothing; "
+                'set both (ptx_corpus = "train_tokenizer@latest") or neither'
+            )
 
 
-def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossOutput:
-    """Return the summed clipped policy loss of a minibatch, with how much was clipped and the entropy beside it."""
-    logits = policy.logits(policy(batch.tokens.input_ids, positions=batch.tokens.positions))
+def objective(
+    policy: Transformer, config: Config, batch: RolloutBatch | TextBatch, hidden: Tensor | None = None
+) -> LossOutput:
+    """Return the summed clipped policy loss of a minibatch, with how much was clipped and the entropy beside it.
+
+    `hidden` [B, T, H]: the policy's hidden states, where they are known already. Text has its own loss (PPO-ptx).
+    """
+    if isinstance(batch, TextBatch):
+        return text_objective(policy, batch)
+    if hidden is None:
+        hidden = policy(batch.tokens.input_ids, positions=batch.tokens.positions)
+    logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, batch.tokens.targets, config.sampling.temperature)
     loss = losses.policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range, batch.mask)
     with torch.no_grad():
@@ -119,7 +113,8 @@ def run(config: Config, run: Run) -> None:
     ppo = Trainer(config, run)
     saver = Checkpointer(run, modules=ppo.modules, optimizers=ppo.optimizers)
     checkpoint = saver.resume()
-    ppo.controller.value = checkpoint.state["kl_coef"] if checkpoint else config.kl_coef
+    if checkpoint:
+        ppo.controller.restore(checkpoint.state)
     start = checkpoint.step if checkpoint else 0
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
@@ -132,7 +127,7 @@ def run(config: Config, run: Run) -> None:
             ppo.controller.update(kl, config.batch_size)
             advance(score=float(batch.scores.mean()), kl=kl)
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
-                saver.save(round_ + 1, {"kl_coef": ppo.controller.value})
+                saver.save(round_ + 1, ppo.controller.state())
             saver.leave_if_asked(round_ + 1)
     with whole(ppo.policy):
         if run.owner:
@@ -144,6 +139,20 @@ def value_objective(value_model: ScalarModel, config: Config, batch: RolloutBatc
     values = value_model(batch.tokens.input_ids, positions=batch.tokens.positions)
     loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask)
     return LossOutput(total=loss.sum())
+
+
+def joint_objective(
+    policy: Transformer, value_model: ScalarModel, config: Config, batch: RolloutBatch | TextBatch
+) -> LossOutput:
+    """Return the policy's loss plus the weighted value loss, both read off one pass through the shared trunk."""
+    if isinstance(batch, TextBatch):
+        return text_objective(policy, batch)
+    hidden = policy(batch.tokens.input_ids, positions=batch.tokens.positions)
+    acting = objective(policy, config, batch, hidden)
+    values = value_model.read(hidden)
+    loss = losses.value_loss(values, batch.values, batch.returns, config.clip_range_value, batch.mask).sum()
+    parts = {"policy_loss": acting.total, "value_loss": loss}
+    return LossOutput(total=acting.total + config.value_weight * loss, metrics=parts | dict(acting.metrics))
 
 
 class Trainer:
@@ -162,15 +171,18 @@ class Trainer:
             folder, config.lora, device=device, dtype=dtype, seed=run.seed
         )
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
-        self.value = trained_copy(self.reward.model, config.lora, dtype=dtype, seed=run.seed + 1)
-        torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
-        self.modules = {"policy": self.policy, "value": self.value}
-        self.objectives = {
-            "policy": spread(self.policy, partial(objective, self.policy, config), run.settings),
-            "value": spread(self.value, partial(value_objective, self.value, config), run.settings),
-        }
-        self.optimizers = {name: Optimizer(module, config.optim) for name, module in self.modules.items()}
-        self.controller = losses.AdaptiveKL(config.kl_coef, config.kl_target or None, horizon=10 * config.batch_size)
+        if config.shared_trunk:
+            self.value = ScalarModel.beside(self.policy)
+            objectives = {"policy": partial(joint_objective, self.policy, self.value, config)}
+        else:
+            self.value = trained_copy(self.reward.model, config.lora, dtype=dtype, seed=run.seed + 1)
+            torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
+            objectives = {"policy": partial(objective, self.policy, config)}
+            objectives["value"] = partial(value_objective, self.value, config)
+        self.text = SideText(config.ptx, run, "ptx_corpus", self.policy, self.tokenizer)
+        self.trained = ActorCritic(self.policy, self.value, objectives, config, run.settings)
+        self.modules, self.optimizers = self.trained.modules, self.trained.optimizers
+        self.controller = config.controller(config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
         longest = room_for_prompt(self.policy, config.sampling)
@@ -193,53 +205,48 @@ class Trainer:
 
     def shape(self, rows: Sequence[int], generated: Sequence[Generated], scores: Tensor) -> RolloutBatch:
         """Return the round as tensors: reference log-probabilities, KL in the reward, values, advantages, returns."""
-        config, device = self.config, next(self.policy.parameters()).device
         prompts = [self.prompts.encoded[row] for row in rows]
         tokens = to_tokens(prompts, [g.token_ids for g in generated], self.tokenizer.pad_id)
-        tokens, mask = to_device(tokens, device), (tokens.targets != IGNORE).to(device)
-        temperature = config.sampling.temperature
-        with autocast(self.run.settings):
-            old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
-            reference = rows_over_ranks(tokens, partial(reference_logprobs, self.reference, temperature=temperature))
-            values = rows_over_ranks(tokens, partial(token_values, self.value)).masked_fill(~mask, 0.0)
-        kl = losses.kl_k1(old, reference)
-        rewards = losses.shape_rewards(scores.to(device), kl, mask, self.controller.value)
-        advantages, returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
-        return RolloutBatch(
-            tokens=tokens,
-            mask=mask,
-            old_logprobs=old,
-            ref_logprobs=reference,
-            returns=returns,
-            values=values,
-            advantages=whiten(advantages, mask),
-            rewards=rewards,
-            scores=scores.to(device),
+        return experience(
+            to_device(tokens, next(self.policy.parameters()).device),
+            scores,
+            Networks(policy=self.policy, reference=self.reference, value=self.value),
+            self.config,
+            self.run.settings,
+            kl_coef=self.controller.value,
+            temperature=self.config.sampling.temperature,
         )
 
     def update(self, batch: RolloutBatch, round_: int) -> dict[str, float]:
-        """Take `epochs` passes of clipped updates over the round and return their mean metrics."""
-        config = self.config
+        """Take `epochs` passes of clipped updates over the round, or fewer, and return the steps' mean metrics."""
+        config, trained = self.config, self.trained
         scale = lr_scale(config.optim.schedule, round_, config.iterations)
+        take = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
         totals, steps = dict[str, float](), 0
-        generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + round_)
-        for _ in range(config.epochs):
-            for rows in torch.randperm(len(batch.scores), generator=generator).tensor_split(config.minibatches):
-                part = select_rows(batch, share(rows))
-                step = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
-                policy = step(self.objectives["policy"], [part], self.optimizers["policy"])
-                value = step(self.objectives["value"], [part], self.optimizers["value"])
-                figures = {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
-                figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}
-                for name, figure in figures.items():
-                    totals[name] = totals.get(name, 0.0) + figure
-                steps += 1
+        for rows in trained.minibatches(len(batch.scores), seed=self.run.seed * 1_000_003 + round_):
+            part = select_rows(batch, share(rows))
+            text = self.text.beside(part.num_items, round_ * config.epochs * config.minibatches + steps)
+            policy, value = trained.step(take, part, text)
+            unmixed = policy.loss - config.ptx.coef * policy.metrics.get("ptx_loss", 0.0)
+            figures = {"policy_loss": unmixed, "value_loss": value.loss, "grad_norm": policy.grad_norm}
+            figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}
+            totals = {name: totals.get(name, 0.0) + figure for name, figure in figures.items()}
+            steps += 1
+            # A mean over the tokens of all ranks, so that all of them leave together.
+            if 0 < config.max_approx_kl < figures["approx_kl"]:
+                break
+        self.spend(batch, steps)
+        metrics = {"num_steps": float(steps)} if config.max_approx_kl else {}
+        return {name: total / steps for name, total in totals.items()} | metrics
+
+    def spend(self, batch: RolloutBatch, steps: int) -> None:
+        """Add what a round of so many optimizer steps cost."""
         num_tokens = int((batch.tokens.input_ids != self.tokenizer.pad_id).sum())
-        model, context = self.policy.config, batch.mask.shape[1]
-        # Sampling, reference, old policy, values and score are one forward each; each epoch trains two networks.
-        flops = 5 * model.flops_per_token(context) + 2 * config.epochs * training_flops(model, context, config.lora)
+        model, context, passes = self.policy.config, batch.mask.shape[1], steps / self.config.minibatches
+        # Sampling, reference, old policy, values and score are one forward each; each epoch trains every network.
+        flops = 5 * model.flops_per_token(context) + self.trained.flops_per_token(context, passes=passes)
         self.run.spend(tokens=num_tokens, flops=flops * num_tokens)
-        return {name: total / steps for name, total in totals.items()}
+        self.text.spend(self.run, steps, self.config.lora)
 
     def record(
         self, batch: RolloutBatch, rows: list[int], generated: Sequence[Generated], metrics: dict[str, float], step: int
@@ -266,17 +273,9 @@ class Trainer:
             run.metric(name, value, step)
         log_samples(run, self.prompts, rows, texts, batch.scores, step)
         if step % max(1, self.config.iterations // 20) == 0:
-            self.show(batch, rows[0], step)
+            names = ("old_logprobs", "ref_logprobs", "advantages", "values", "rewards")
+            show_completion(run, self.tokenizer, batch, names, self.prompts.text(rows[0]), step)
         return kl
-
-    def show(self, batch: RolloutBatch, prompt: int, step: int) -> None:
-        """Keep the round's first completion token by token, for the walkthrough."""
-        names = ("old_logprobs", "ref_logprobs", "advantages", "values", "rewards")
-        columns = token_columns(self.tokenizer, batch, 0, names)
-        columns["logprobs"] = columns.pop("old_logprobs")
-        kl = (batch.old_logprobs - batch.ref_logprobs)[0][batch.mask[0]]
-        facts = {"prompt": self.prompts.text(prompt), "score": float(batch.scores[0])}
-        self.run.specimen("rollout", facts | columns | {"kl": [round(x, 4) for x in kl.tolist()]}, step)
 
     def finish(self) -> None:
         """Save the policy and sum the run up: what was gained, and for how much KL."""
@@ -287,8 +286,9 @@ class Trainer:
                 last = [value for _, value in curves[metric][-5:]]
                 run.result(f"rollout_{name}@1", name, sum(last) / len(last), n=len(last) * config.batch_size)
         completions = config.iterations * config.batch_size
+        planned = [(0, config.iterations * config.epochs * config.minibatches)]
         run.note(
-            steps=config.iterations * config.epochs * config.minibatches,
+            steps=int(sum(taken for _, taken in curves.get("train/num_steps", planned))),
             rounds=config.iterations,
             num_parameters=self.policy.config.num_parameters(),
             prompts_too_long=self.prompts.too_long,

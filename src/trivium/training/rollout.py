@@ -265,6 +265,17 @@ def token_columns(tokenizer: Tokenizer, batch: RolloutBatch, row: int, names: Se
     return columns
 
 
+def show_completion(
+    run: Run, tokenizer: Tokenizer, batch: RolloutBatch, names: Sequence[str], prompt: str, step: int
+) -> None:
+    """Keep the first completion of a round token by token, with the named columns and its KL, for the walkthrough."""
+    columns = token_columns(tokenizer, batch, 0, names)
+    columns["logprobs"] = columns.pop("old_logprobs")
+    kl = (batch.old_logprobs - batch.ref_logprobs)[0][batch.mask[0]]
+    facts = {"prompt": prompt, "score": float(batch.scores[0])}
+    run.specimen("rollout", facts | columns | {"kl": [round(x, 4) for x in kl.tolist()]}, step)
+
+
 def log_samples(
     run: Run, prompts: PromptSet, rows: Sequence[int], texts: Sequence[str], scores: Tensor, step: int
 ) -> None:

@@ -159,6 +159,8 @@ METRICS: dict[str, str] = {
     "train/clip_frac": "Share of tokens whose probability moved so far that the update was clipped.",
     "train/kl_coef": "The price of KL; the adaptive controller raises it when KL exceeds its target.",
     "train/approx_kl": "How far one round of updates moves the policy from the one that sampled, in nats per token.",
+    "train/num_steps": "Optimizer steps of the round; fewer than planned where the policy had moved far enough.",
+    "train/ptx_loss": "Loss per token, in nats, on the pre-training text that is mixed in so that it is not forgotten.",
     "rollout/value": "What the value model expects of the answers, on average.",
     "rollout/unfinished_frac": "Share of answers that were cut off before they had ended.",
     "rollout/logprob_gap": "Largest disagreement of sampling and training about a token; above noise, it is a bug.",
