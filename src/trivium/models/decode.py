@@ -8,6 +8,7 @@ are the modules' own, so nothing is copied and nothing can be out of date.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Decoding:
         cos, sin = model.model.rope(torch.arange(context, device=weight.device)[None])
         # rotate() is x cos + (x with its halves swapped) (-sin, sin); all angles are looked up here from now on.
         self.angles = torch.cat((cos, cos, -sin, sin), dim=-1)[0, :, 0]
-        self.layers = [_DecodingLayer(layer) for layer in model.model.layers]
+        self.layers = [_DecodingLayer(cast(Layer, layer)) for layer in model.model.layers]
         self.windows = config.windows
         self._sizes = {
             "normed": config.hidden_size,
@@ -58,18 +59,19 @@ class Decoding:
         if not self._room or len(self._room["gate"]) != rows:
             self._room = {name: x.new_empty(rows, size) for name, size in self._sizes.items()}
         cos, sin = F.embedding(positions, self.angles)[:, None].chunk(2, dim=-1)
-        views = {}
+        views, masks = {}, {}
         for window in dict.fromkeys(self.windows):
             first = start if window is None else max(start, end - window)
-            views[window] = (*self.cache.next_slot(rows, first), None if visible is None else visible[..., first:end])
+            views[window] = self.cache.next_slot(rows, first)
+            masks[window] = None if visible is None else visible[..., first:end]
         for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
-            new_keys, new_values, keys, values, mask = views[window]
+            new_keys, new_values, keys, values = views[window]
             q, k, v = self._heads(layer, x, cos, sin)
             new_keys[index].copy_(k)
             new_values[index].copy_(v)
             # The heads that share keys are the queries of one row of attention: nothing is repeated.
             q = q.view(rows, self.kv_heads, -1, self.head_dim)
-            seen = F.scaled_dot_product_attention(q, keys[index], values[index], attn_mask=mask)
+            seen = F.scaled_dot_product_attention(q, keys[index], values[index], attn_mask=masks[window])
             layer.add_attention(x, seen.reshape(rows, -1))
             layer.add_mlp(x, self._room)
         self.cache.length = end
@@ -79,7 +81,7 @@ class Decoding:
         """Return queries [B, heads, head_dim], keys and values [B, kv_heads, head_dim], the first two rotated."""
         room = self._room["heads"]
         widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        flat = room.split(widths, dim=-1)
+        flat = torch.split(room, widths, dim=-1)
         source = x if layer.input_norm is None else layer.input_norm(x, self._room["normed"])
         for product, out in zip(layer.qkv, flat, strict=True):
             product(source, out)
@@ -144,7 +146,7 @@ def _product(matrix: nn.Module) -> Into:
     """Return a matrix as a function that writes where it is told; any other module is called, its result copied."""
     if type(matrix) is not nn.Linear:
         return lambda x, out: out.copy_(matrix(x))
-    transposed, bias = matrix.weight.T, matrix.bias
+    transposed, bias = matrix.weight.T, _bias(matrix)
     if bias is None:
         return lambda x, out: torch.mm(x, transposed, out=out)
     return lambda x, out: torch.addmm(bias, x, transposed, out=out)
@@ -152,10 +154,14 @@ def _product(matrix: nn.Module) -> Into:
 
 def _added(matrix: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return a matrix as a function of (x, sum): the product added into `sum`, or by itself where that is None."""
-    if type(matrix) is not nn.Linear or matrix.bias is not None:
+    if type(matrix) is not nn.Linear or _bias(matrix) is not None:
         return lambda x, total: matrix(x) if total is None else total.add_(matrix(x))
     transposed = matrix.weight.T
     return lambda x, total: torch.mm(x, transposed) if total is None else total.addmm_(x, transposed)
+
+
+def _bias(matrix: nn.Linear) -> Tensor | None:
+    return cast(Tensor | None, matrix.bias)  # torch says that there always is one
 
 
 def _add(x: Tensor, matrix: Callable[[Tensor, Tensor | None], Tensor], source: Tensor, after: RMSNorm | None) -> None:

@@ -81,7 +81,8 @@ def invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     vocabulary costs more than a small network, so it is taken over blocks, then within the block that is hit.
     """
     missing = -probabilities.shape[1] % BLOCK
-    blocks = (F.pad(probabilities, (0, missing)) if missing else probabilities).unflatten(1, (-1, BLOCK))
+    padded = F.pad(probabilities, (0, missing)) if missing else probabilities
+    blocks = padded.view(len(padded), -1, BLOCK)
     # float64, and `>`: no rounding may reach the end of a sum, or a token of probability 0 could be drawn.
     sums = blocks.sum(-1).double()
     ends = sums.cumsum(-1)
