@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivium.models.config import ModelConfig
 from trivium.models.transformer import KVCache, Layer, RMSNorm, Transformer
 
 
@@ -33,19 +34,13 @@ class Decoding:
         """Prepare to read tokens at positions below `context`; `cache` holds what was read before."""
         self.model, self.cache = model, cache
         config, weight = model.config, model.model.embed_tokens.weight
-        self.head_dim, self.heads, self.kv_heads = config.head_size, config.num_attention_heads, config.kv_heads
+        self.head_dim, self.kv_heads = config.head_size, config.kv_heads
         cos, sin = model.model.rope(torch.arange(context, device=weight.device)[None])
         # rotate() is x cos + (x with its halves swapped) (-sin, sin); all angles are looked up here from now on.
         self.angles = torch.cat((cos, cos, -sin, sin), dim=-1)[0, :, 0]
         self.layers = [_DecodingLayer(cast(Layer, layer)) for layer in model.model.layers]
         self.windows = config.windows
-        self._sizes = {
-            "normed": config.hidden_size,
-            "heads": (self.heads + 2 * self.kv_heads) * self.head_dim,
-            "gate": config.intermediate_size,
-            "up": config.intermediate_size,
-        }
-        self._room: dict[str, Tensor] = {}
+        self._room: _Room | None = None
 
     @torch.inference_mode()
     def read(self, tokens: Tensor, positions: Tensor, *, start: int, visible: Tensor | None) -> Tensor:
@@ -56,8 +51,9 @@ class Decoding:
         """
         rows, end = len(tokens), self.cache.length + 1
         x = F.embedding(tokens, self.model.model.embed_tokens.weight)
-        if not self._room or len(self._room["gate"]) != rows:
-            self._room = {name: x.new_empty(rows, size) for name, size in self._sizes.items()}
+        if self._room is None or len(self._room.normed) != rows:
+            self._room = _Room(x, self.model.config)
+        room = self._room
         cos, sin = F.embedding(positions, self.angles)[:, None].chunk(2, dim=-1)
         views, masks = {}, {}
         for window in dict.fromkeys(self.windows):
@@ -66,33 +62,30 @@ class Decoding:
             masks[window] = None if visible is None else visible[..., first:end]
         for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             new_keys, new_values, keys, values = views[window]
-            q, k, v = self._heads(layer, x, cos, sin)
+            q, k = layer.heads(x, cos, sin, room)
             new_keys[index].copy_(k)
-            new_values[index].copy_(v)
+            new_values[index].copy_(room.v)
             # The heads that share keys are the queries of one row of attention: nothing is repeated.
             q = q.view(rows, self.kv_heads, -1, self.head_dim)
             seen = F.scaled_dot_product_attention(q, keys[index], values[index], attn_mask=masks[window])
             layer.add_attention(x, seen.reshape(rows, -1))
-            layer.add_mlp(x, self._room)
+            layer.add_mlp(x, room)
         self.cache.length = end
         return self.model.logits(self.model.model.norm(x))
 
-    def _heads(self, layer: _DecodingLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, heads, head_dim], keys and values [B, kv_heads, head_dim], the first two rotated."""
-        room = self._room["heads"]
-        widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        flat = torch.split(room, widths, dim=-1)
-        source = x if layer.input_norm is None else layer.input_norm(x, self._room["normed"])
-        for product, out in zip(layer.qkv, flat, strict=True):
-            product(source, out)
-        heads = room.view(len(x), -1, self.head_dim)
-        turning, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-        q, k = turning[:, : self.heads], turning[:, self.heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q.copy_(layer.q_norm(q))
-            k.copy_(layer.k_norm(k))
-        turned = (turning * cos).addcmul_(turning.roll(self.head_dim // 2, -1), sin).to(x.dtype)
-        return turned[:, : self.heads], turned[:, self.heads :], v
+
+class _Room:
+    """Memory for what a layer makes of a token per row, and the views of it that every layer needs."""
+
+    def __init__(self, x: Tensor, config: ModelConfig) -> None:
+        """Make room for rows like those of x [B, H]."""
+        rows, size = len(x), config.head_size
+        queries, keys = config.num_attention_heads, config.kv_heads
+        self.normed, self.gate, self.up = torch.empty_like(x), *x.new_empty(2, rows, config.intermediate_size)
+        heads = x.new_empty(rows, queries + 2 * keys, size)
+        self.flat = torch.split(heads.flatten(1), [queries * size, keys * size, keys * size], dim=-1)
+        self.turning, self.v = heads[:, : queries + keys], heads[:, queries + keys :]
+        self.q, self.k = self.turning[:, :queries], self.turning[:, queries:]
 
 
 class _DecodingLayer:
@@ -109,17 +102,28 @@ class _DecodingLayer:
         self.o_proj, self.down_proj = _added(attention.o_proj), _added(mlp.down_proj)
         self.gate_proj, self.up_proj = _product(mlp.gate_proj), _product(mlp.up_proj)
 
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
+        """Return rotated queries [B, heads, head_dim] and keys [B, kv_heads, head_dim]; the values are `room.v`."""
+        source = x if self.input_norm is None else self.input_norm(x, room.normed)
+        for product, out in zip(self.qkv, room.flat, strict=True):
+            product(source, out)
+        if self.q_norm is not None and self.k_norm is not None:
+            room.q.copy_(self.q_norm(room.q))
+            room.k.copy_(self.k_norm(room.k))
+        turning = room.turning
+        turned = (turning * cos).addcmul_(turning.roll(turning.shape[-1] // 2, -1), sin).to(x.dtype)
+        return turned[:, : room.q.shape[1]], turned[:, room.q.shape[1] :]
+
     def add_attention(self, x: Tensor, gathered: Tensor) -> None:
         """Add to the residual stream x what was gathered, through the output matrix."""
         _add(x, self.o_proj, gathered, self.attention_norm_after)
 
-    def add_mlp(self, x: Tensor, room: dict[str, Tensor]) -> None:
+    def add_mlp(self, x: Tensor, room: _Room) -> None:
         """Add the MLP of x to x."""
-        source = x if self.mlp_norm is None else self.mlp_norm(x, room["normed"])
-        gate, up = room["gate"], room["up"]
-        self.gate_proj(source, gate)
-        self.up_proj(source, up)
-        _add(x, self.down_proj, F.silu(gate, inplace=True).mul_(up), self.mlp_norm_after)
+        source = x if self.mlp_norm is None else self.mlp_norm(x, room.normed)
+        self.gate_proj(source, room.gate)
+        self.up_proj(source, room.up)
+        _add(x, self.down_proj, F.silu(room.gate, inplace=True).mul_(room.up), self.mlp_norm_after)
 
 
 Into = Callable[[Tensor, Tensor], Tensor]
