@@ -65,6 +65,8 @@ BENCH = Bench(
     sides={"own": own, "trl": trl},
     prepare=prepare,
     script=__file__,
+    seconds=1.0,
+    warm_up=1,
     settings={"optimizer": "AdamW on both sides", "steps_per_round": STEPS, "prompts": PROMPTS, "group": GROUP},
 )
 

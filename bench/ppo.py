@@ -93,6 +93,8 @@ BENCH = Bench(
     packages=("torch", "transformers"),
     prepare=prepare,
     script=__file__,
+    seconds=1.0,
+    warm_up=1,
     settings={"optimizer": "AdamW on both sides", "epochs": EPOCHS, "steps_per_epoch": STEPS, "peer": "trl 1.12.0"},
 )
 

@@ -136,7 +136,8 @@ class Bench:
     """Writes what all processes read: models, tokenizer, data."""
     script: str = ""
     precisions: Sequence[str] = ("fp32",)
-    seconds: float = 4.0
+    seconds: float = 3.0
+    warm_up: int = WARM_UP
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What a reader has to know to repeat it."""
 
@@ -161,7 +162,7 @@ def work(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads)
     found = []
     for case in options.cases:
-        clock = Clock(options.seconds)
+        clock = Clock(options.seconds, bench.warm_up)
         task = Task(
             case=case,
             shape=SHAPES[options.shape],
