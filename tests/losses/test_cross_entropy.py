@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium.batches import IGNORE
 from trivium.losses import cross_entropy as module
-from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy
+from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy, head_logprobs
+from trivium.losses.logprobs import token_logprobs
 
 
 def test_hand_worked_with_a_known_answer():
@@ -213,3 +214,56 @@ def test_an_evaluation_makes_no_gradients_and_a_frozen_weight_none_of_its_own(tr
 def test_a_chunk_of_zero_is_refused():
     with pytest.raises(ValueError, match="chunk 0"):
         head_cross_entropy(torch.zeros(1, 1, 2), torch.zeros(3, 2), torch.zeros(1, 1, dtype=torch.long), chunk=0)
+
+
+class TestHeadLogprobs:
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    @pytest.mark.parametrize("chunk", [1, 4, 100])
+    def test_in_chunks_they_are_the_logprobs_of_the_whole_in_value_and_gradient(self, chunk, temperature):
+        """Each token's gradient has a factor of its own, as advantages are."""
+        hidden, weight, targets = head_case(5)
+        factors = torch.randn(2, 7, generator=torch.Generator().manual_seed(6))
+        whole = outcome(lambda h, w: token_logprobs(h @ w.T, targets, temperature), hidden, weight, factors)
+        pieces = outcome(lambda h, w: head_logprobs(h, w, targets, temperature, chunk=chunk), hidden, weight, factors)
+        for expected, found in zip(whole, pieces, strict=True):
+            assert torch.allclose(expected, found, atol=5e-6)
+
+    def test_small_ones_are_to_the_bit_what_they_were(self):
+        hidden, weight, targets = head_case(3)
+        expected = token_logprobs(functional.linear(hidden, weight), targets, 0.7)
+        assert torch.equal(head_logprobs(hidden, weight, targets, 0.7), expected)
+
+    def test_positions_that_are_not_trained_cost_nothing(self, monkeypatch):
+        """Nine of fourteen are the prompt's: the products are of five rows, one forward and three backward."""
+        monkeypatch.setattr(module, "PLAIN_BYTES", 0)
+        hidden, weight, targets = head_case(3)
+        targets[0], targets[1, 0], targets[1, 1:5] = IGNORE, 1, torch.tensor([1, IGNORE, 2, 3])
+        targets[1, 5:] = torch.tensor([4, IGNORE])
+        h, w = hidden.requires_grad_(), weight.requires_grad_()
+        rows = []
+
+        class Rows(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function.name().split(".")[0] in ("aten::mm", "aten::addmm_"):
+                    rows.append(5 in (n for each in args if isinstance(each, torch.Tensor) for n in each.shape))
+                return function(*args, **(kwargs or {}))
+
+        assert (targets != IGNORE).sum() == 5
+        with Rows():
+            made = head_logprobs(h, w, targets)
+            assert rows == [True]
+            (made * torch.arange(14.0).view(2, 7)).sum().backward()
+        assert rows == [True] * 4
+        assert (made[targets == IGNORE] == 0).all() and (h.grad[targets == IGNORE] == 0).all()
+
+    def test_nothing_to_train_has_no_gradient(self):
+        hidden, weight, targets = head_case(9)
+        nothing = torch.full_like(targets, IGNORE)
+        found = outcome(lambda h, w: head_logprobs(h, w, nothing, chunk=2), hidden, weight)
+        assert all((tensor == 0).all() for tensor in found)
+
+    def test_a_temperature_that_is_not_positive_is_refused(self):
+        hidden, weight, targets = head_case(1)
+        for chunk in (None, 2):
+            with pytest.raises(ValueError, match="temperature 0"):
+                head_logprobs(hidden, weight, targets, 0.0, chunk=chunk)

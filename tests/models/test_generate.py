@@ -8,8 +8,8 @@ import torch
 from trivium.losses.logprobs import token_logprobs
 from trivium.models import generate as generation
 from trivium.models.config import ModelConfig
-from trivium.models.generate import filter_logits, generate, stream
-from trivium.models.transformer import Transformer
+from trivium.models.generate import filter_logits, generate, invert, stream
+from trivium.models.transformer import KVCache, Transformer
 
 
 @pytest.fixture
@@ -52,6 +52,37 @@ def test_a_row_does_not_depend_on_its_batch_mates(family, prompts, how):
     assert first_alone[0].token_ids == together[0].token_ids
     for a, b in zip(together, in_twos, strict=True):
         assert np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_prompts_that_enter_as_rows_end_draw_what_they_would_have_drawn(family, tokens, monkeypatch, size):
+    """Each prompt alone is the definition. Rows end at any step, and the slots run out and are moved back often."""
+    prompts = [tokens(1, 1 + seed * 5 % 13, seed=seed)[0].tolist() for seed in range(14)]
+    how = {"max_new_tokens": 9, "stop_ids": frozenset(range(8, 16))}
+    moved, entered = [], []
+    shift, admit = KVCache.shift, generation._Batch.admit
+    monkeypatch.setattr(KVCache, "shift", lambda cache, slots: (moved.append(slots), shift(cache, slots)))
+    monkeypatch.setattr(generation._Batch, "admit", lambda b, rows: (entered.append(len(rows)), admit(b, rows))[1])
+    made = generate(family, prompts, seed=7, batch_size=size, **how)
+    assert sum(entered) == len(prompts) and max(entered) == size and len(entered) > len(prompts) / size - 1
+    assert min(moved, default=1) > 0 and (moved or size == 5)
+    for row, (prompt, one) in enumerate(zip(prompts, made, strict=True)):
+        (alone,) = generate(family, [prompt], seed=7, draws=[row], **how)
+        assert (one.token_ids, one.finish_reason) == (alone.token_ids, alone.finish_reason)
+        assert np.allclose(one.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_places_do_not_stand_empty_while_prompts_wait(tiny, tokens, monkeypatch):
+    """Sixteen prompts in eight places, a place free at a time: as many rows are read at every step as could be."""
+    model = tiny()
+    prompts = [tokens(1, 4, seed=seed)[0].tolist() for seed in range(16)]
+    read = []
+    step = generation._Batch.step
+    monkeypatch.setattr(generation._Batch, "step", lambda b, ids: (read.append(len(b.rows)), step(b, ids))[1])
+    ends = iter(range(1, 10**6))
+    generate(model, prompts, max_new_tokens=40, batch_size=8, on_token=lambda row, token: next(ends) % 11 == 0)
+    # While prompts wait a row that ended has left before the step, and the next enters after it: 7 or 8 of 8.
+    assert min(read[:8]) >= 7
 
 
 def test_every_row_that_ends_is_counted_once(family, prompts):
@@ -106,6 +137,41 @@ def test_tokens_are_drawn_in_proportion():
     counts = torch.bincount(torch.tensor([m.token_ids[0] for m in made]), minlength=6)
     error = (expected * (1 - expected) / 4000).sqrt()
     assert ((counts / 4000 - expected).abs() <= 5 * error).all()
+
+
+class TestInversion:
+    def test_by_hand_over_the_border_of_two_blocks(self):
+        """Four blocks' worth less one of tokens, all but three of probability 0: 1/4, 1/2, 1/4 at 3, 63 and 64."""
+        probabilities = torch.zeros(1, 255)
+        probabilities[0, [3, 63, 64]] = torch.tensor([0.25, 0.5, 0.25])
+        uniforms = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53]
+        drawn = [int(invert(probabilities, torch.tensor([u], dtype=torch.float64))) for u in uniforms]
+        assert drawn == [3, 3, 63, 63, 64, 64]
+
+    @pytest.mark.parametrize("size", [5, 64, 200, 1000])
+    def test_it_is_the_running_sum_over_all_tokens(self, size):
+        """Against the definition in float64; a border between tokens may lie off by float32's 6e-8, and no more."""
+        generator = torch.Generator().manual_seed(size)
+        probabilities = (4 * torch.randn(300, size, generator=generator)).softmax(-1)
+        uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+        sums = probabilities.double().cumsum(-1)
+        goal = uniforms[:, None] * sums[:, -1:]
+        drawn = invert(probabilities, uniforms)
+        above = sums.gather(1, drawn[:, None])
+        below = above - probabilities.double().gather(1, drawn[:, None])
+        assert (above > goal - 1e-6).all() and (below < goal + 1e-6).all()
+        expected = torch.searchsorted(sums, goal, right=True)[:, 0]
+        assert (drawn == expected).float().mean() > 0.99
+
+    def test_what_has_no_probability_is_never_drawn(self):
+        """Shares of 1e-30 and sums that rounding may miss at both ends: the only tokens there are."""
+        generator = torch.Generator().manual_seed(0)
+        probabilities = torch.rand(500, 640, generator=generator) ** 40
+        probabilities[:, ::2] = 0.0
+        probabilities[:, :64], probabilities[:, -70:] = 0.0, 0.0
+        ends = [0.0, 2.0**-53, 1 - 2.0**-53]
+        uniforms = torch.tensor(ends * 100 + torch.rand(200, generator=generator).tolist(), dtype=torch.float64)
+        assert (probabilities.gather(1, invert(probabilities, uniforms)[:, None]) > 0).all()
 
 
 class TestEnds:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from trivium.batches import IGNORE
+from trivium.losses.logprobs import token_logprobs
 
 PLAIN_BYTES = 32 * 2**20
 """Logits of up to so many bytes are formed all at once."""
@@ -44,26 +45,50 @@ def head_cross_entropy(
     where their logits take at most PLAIN_BYTES, else as many as CHUNK_BYTES hold. Positions to IGNORE cost nothing in
     chunks. Raises ValueError for a chunk below 1.
     """
+    if chunk is None and 4 * weight.shape[0] * targets.numel() <= PLAIN_BYTES:
+        return cross_entropy(linear(hidden, weight), targets, z_loss)
+    return _in_chunks(hidden, weight, targets, z_loss, chunk, at_once=True)
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int | None, *, at_once: bool
+) -> Tensor:
+    """Return the losses [B, T]; `at_once`: gradients are computed beside them, as for a sum of the losses."""
     if chunk is None:
-        bytes_per_position = 4 * weight.shape[0]
-        if targets.numel() * bytes_per_position <= PLAIN_BYTES:
-            return cross_entropy(linear(hidden, weight), targets, z_loss)
         room = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
-        chunk = max(1, room // bytes_per_position)
+        chunk = max(1, room // (4 * weight.shape[0]))
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1 position")
     trained = targets != IGNORE
     # Asked here: inside a Function gradients are off in any case, and it is told that it needs them also under no_grad.
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    wanted = at_once and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     losses: Tensor = _HeadLoss.apply(hidden[trained], weight, targets[trained], z_loss, chunk, wanted)  # type: ignore[no-untyped-call]
     return torch.zeros(targets.shape, device=losses.device).masked_scatter(trained, losses)
+
+
+def head_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk: int | None = None
+) -> Tensor:
+    """Return `token_logprobs(hidden @ weight.T, targets, temperature)`, fp32 [B, T], without all logits at once.
+
+    `hidden` [B, T, H], `weight` [V, H]. `chunk` and where it is not given are `head_cross_entropy`'s: all at once where
+    the logits of all positions take at most PLAIN_BYTES, to the bit what it would be without this function; else
+    positions to IGNORE (the prompt's, half of them often) cost nothing. Raises ValueError for a chunk below 1, and for
+    a temperature that is not positive.
+    """
+    if (chunk is None and 4 * weight.shape[0] * targets.numel() <= PLAIN_BYTES) or not temperature > 0:
+        return token_logprobs(linear(hidden, weight), targets, temperature)
+    # Every token's gradient has a factor of its own (its advantage), so none is computed before that is known.
+    scaled = hidden if temperature == 1.0 else hidden / temperature
+    return -_in_chunks(scaled, weight, targets, 0.0, chunk, at_once=False)
 
 
 class _HeadLoss(torch.autograd.Function):
     """Losses of N positions; the gradients are computed beside them, while a chunk's logits are at hand.
 
     That needs to know what each loss will be multiplied with. Objectives sum them, so the gradients are computed for 1
-    and multiplied in the backward pass; where the factors turn out to differ, everything is computed again with them.
+    and multiplied in the backward pass; where the factors turn out to differ, or none were computed, everything is
+    computed again with them.
     """
 
     @staticmethod
@@ -72,7 +97,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        ctx.z_loss, ctx.chunk, ctx.dtype = z_loss, chunk, dtype
+        ctx.z_loss, ctx.chunk, ctx.dtype, ctx.wanted = z_loss, chunk, dtype, wanted
         learns = ctx.needs_input_grad[1]  # a frozen output matrix, as under adapters, needs no gradient
         losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted, learns)
         ctx.save_for_backward(hidden, weight, targets, *gradients)
@@ -82,9 +107,10 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, for_hidden, for_weight = ctx.saved_tensors
-        if len(factors) and bool((factors == factors[0]).all()):
-            for_hidden, for_weight = for_hidden * factors[0], for_weight * factors[0]
-        elif len(factors):
+        if ctx.wanted and bool((factors == factors[:1]).all()):
+            if len(factors):
+                for_hidden, for_weight = for_hidden * factors[0], for_weight * factors[0]
+        else:
             parts = hidden.to(ctx.dtype), weight.to(ctx.dtype), targets
             _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True, ctx.needs_input_grad[1])
         learned = for_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None

@@ -2,25 +2,33 @@
 
 Prompts are padded on the left, so that every row's next token falls into the same slot. Each row draws from random
 numbers of its own, fixed by (seed, row) before the first step: who else is in the batch cannot change a sample. A
-finished row gives up its place to a live one, so the batch shrinks as rows end.
+finished row gives up its place: to a prompt that waits for one, where `batch_size` let fewer in than there are, else to
+the last live row, and the batch shrinks.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from trivium.models.decode import Decoding, can_decode
 from trivium.models.transformer import KVCache, Transformer
 
 PREFILL_TOKENS_CPU = 2048
 """About how many prompt tokens are read at once: few enough for their activations to stay in a processor's cache."""
 PREFILL_TOKENS = 65536
 """The same on an accelerator, where it bounds memory only."""
+BLOCK = 64
+"""Tokens whose probabilities are added up at once when one is drawn."""
+REFILL = 8
+"""Waiting prompts enter when this fraction of the places (one in eight) is free: reading a few at once costs less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +69,29 @@ class _Sampling:
             logits = logits / self.temperature
         if self.top_k or self.top_p < 1:
             logits = filter_logits(logits, self.top_k, self.top_p)
-        logprobs = logits.log_softmax(-1)
-        # float64: the last sum must not be reached by rounding, or a token of probability 0 could be drawn.
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-        return drawn[:, 0], logprobs.gather(1, drawn)[:, 0]
+        probabilities = logits.softmax(-1)
+        drawn = invert(probabilities, uniforms)
+        return drawn, probabilities.gather(1, drawn[:, None])[:, 0].log()
+
+
+def invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the token at which each row's running sum first exceeds `uniform` of the whole, int64 [B].
+
+    `probabilities` [B, V] need not add up to 1 exactly; `uniforms` float64 [B] in [0, 1). A running sum over the whole
+    vocabulary costs more than a small network, so it is taken over blocks, then within the block that is hit.
+    """
+    missing = -probabilities.shape[1] % BLOCK
+    padded = F.pad(probabilities, (0, missing)) if missing else probabilities
+    blocks = padded.view(len(padded), -1, BLOCK)
+    # float64, and `>`: no rounding may reach the end of a sum, or a token of probability 0 could be drawn.
+    sums = blocks.sum(-1).double()
+    ends = sums.cumsum(-1)
+    goal = uniforms[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, goal, right=True)
+    size = sums.gather(1, block)
+    share = ((goal - ends.gather(1, block) + size) / size).clamp_(0.0, 1.0 - 2.0**-53)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
+    return (block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True))[:, 0]
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -82,30 +108,44 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 class _Batch:
-    """The live rows of a batch: cache, padding mask, positions; row i of everything belongs to prompt `rows[i]`."""
+    """The live rows of a batch: cache, padding, positions; place i of everything belongs to prompt `rows[i]`."""
 
-    def __init__(
-        self, model: Transformer, prompts: Sequence[Sequence[int]], rows: Sequence[int], new_tokens: int
-    ) -> None:
-        """Read the prompts named by `rows` (equal ones once) and make room for `new_tokens` more."""
-        self.model = model
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], new_tokens: int, *, size: int) -> None:
+        """Make room for `size` of the prompts at a time, with `new_tokens` more each; nothing is read yet."""
+        self.model, self.prompts, self.size = model, prompts, size
         device = model.model.embed_tokens.weight.device
+        self.longest = max(map(len, prompts))
+        span = self.longest + new_tokens
+        # Where prompts enter later the slots move on without end; half as many again, and they seldom move back.
+        capacity = span if size >= len(prompts) else span + span // 2
+        self.cache = KVCache(model.config, batch_size=size, capacity=capacity)
+        self.cache.length = self.longest  # a prompt ends where the next slot begins, whatever its length
+        self.slots = torch.arange(capacity, device=device)
+        self.rows, self.starts, self.positions, self.made = (
+            torch.empty(0, dtype=torch.long, device=device) for _ in range(4)
+        )
+        self.logits = torch.empty(0, model.config.vocab_size, device=device)
+        self.decoding = Decoding(model, self.cache, context=span) if can_decode(model) else None
+        self._see()
+
+    def admit(self, rows: Sequence[int]) -> None:
+        """Read the prompts named by `rows`, equal ones once, into the next free places."""
+        live, device = len(self.rows), self.rows.device
         places: dict[tuple[int, ...], list[int]] = {}
-        for place, row in enumerate(rows):
-            places.setdefault(tuple(prompts[row]), []).append(place)
+        for place, row in enumerate(rows, start=live):
+            places.setdefault(tuple(self.prompts[row]), []).append(place)
         unique = sorted(places, key=len)
-        longest = len(unique[-1])
-        self.rows = torch.tensor(rows, device=device)
-        lengths = torch.tensor([len(prompts[row]) for row in rows], device=device)
-        self.positions = lengths[:, None] - 1
-        self.padded = len(unique[0]) < longest
-        self.real = torch.arange(longest + new_tokens, device=device) >= longest - lengths[:, None]
-        self.cache = KVCache(model.config, batch_size=len(rows), capacity=longest + new_tokens)
-        self.cache.length = longest
-        self.logits = torch.empty(len(rows), model.config.vocab_size, device=device)
-        at_once = max(1, (PREFILL_TOKENS_CPU if device.type == "cpu" else PREFILL_TOKENS) // longest)
+        lengths = torch.tensor([len(self.prompts[row]) for row in rows], device=device)
+        self.rows = torch.cat((self.rows, torch.tensor(rows, device=device)))
+        self.starts = torch.cat((self.starts, self.cache.length - lengths))
+        self.positions = torch.cat((self.positions, lengths - 1))
+        self.made = torch.cat((self.made, torch.zeros_like(lengths)))
+        self.logits = torch.cat((self.logits, self.logits.new_empty(len(rows), self.logits.shape[1])))
+        tokens = PREFILL_TOKENS_CPU if device.type == "cpu" else PREFILL_TOKENS
+        at_once = max(1, tokens // len(unique[-1]))
         for start in range(0, len(unique), at_once):
             self._prefill({prompt: places[prompt] for prompt in unique[start : start + at_once]})
+        self._see()
 
     def _prefill(self, places: Mapping[tuple[int, ...], Sequence[int]]) -> None:
         """Read prompts, each once, and put its keys, values and next logits at all its places in the batch."""
@@ -126,9 +166,20 @@ class _Batch:
 
     def step(self, tokens: Tensor) -> None:
         """Read one token per live row (int64 [B]); `logits` are then those of the next."""
+        if self.cache.length == len(self.slots):
+            # Everything a live row or a waiting prompt needs lies in the last `span` slots.
+            slots = min(self.start, self.cache.length - self.longest)
+            self.cache.shift(slots)
+            self.starts = self.starts - slots
+            self._see()
         self.positions = self.positions + 1
-        mask = self.real[:, : self.cache.length + 1] if self.padded else None
-        hidden = self.model(tokens[:, None], positions=self.positions, cache=self.cache, attention_mask=mask)
+        self.made = self.made + 1
+        if self.decoding is not None:
+            self.logits = self.decoding.read(tokens, self.positions, start=self.start, visible=self.visible)
+            return
+        whole = self.start == 0 and self.visible is None
+        mask = None if whole else self.slots[: self.cache.length + 1] >= self.starts[:, None]
+        hidden = self.model(tokens[:, None], positions=self.positions[:, None], cache=self.cache, attention_mask=mask)
         self.logits = self.model.logits(hidden[:, -1])
 
     def drop(self, finished: Tensor, tokens: Tensor) -> Tensor:
@@ -139,8 +190,25 @@ class _Batch:
         self.cache.move(movers, holes)
         kept = torch.arange(count, device=live.device)
         kept[holes] = movers
-        self.rows, self.real, self.positions = self.rows[kept], self.real[kept], self.positions[kept]
+        self.rows, self.starts, self.positions, self.made = (
+            each[kept] for each in (self.rows, self.starts, self.positions, self.made)
+        )
+        self.logits = self.logits[:count]  # out of date: the live rows' are made by the next step
+        self._see()
         return tokens[kept]
+
+    def _see(self) -> None:
+        """Note which slots the rows begin at, and where they differ, who sees which: until rows come or go."""
+        first, last = (int(self.starts.min()), int(self.starts.max())) if len(self.starts) else (0, 0)
+        self.start, self.visible = first, None
+        if first == last or self.decoding is None:
+            return
+        seen = (self.slots >= self.starts[:, None])[:, None, None]
+        weight = self.model.model.embed_tokens.weight
+        if weight.device.type == "cpu":
+            # As attention there works with it; a bool would be turned into this in every layer of every step.
+            seen = torch.zeros(seen.shape, dtype=weight.dtype).masked_fill_(~seen, -torch.inf)
+        self.visible = seen
 
 
 @torch.no_grad()
@@ -164,30 +232,29 @@ def generate(
     `temperature` 0 takes the likeliest token (its logprob is then the model's own, at temperature 1). `top_k` 0 and
     `top_p` 1 are off; where on, logprobs are those after the filter. Row i draws with numbers that depend on
     (`seed`, i) only, or on (`seed`, `draws[i]`): the prompts may be part of a larger whole. `batch_size`: how many rows
-    at a time (default all). `on_token(row, token)` is called for every token and may return True to end that row. A row
-    also ends at the model's context (`max_position_embeddings`).
+    at a time (default all); the others enter as rows end. `on_token(row, token)` is called for every token and may
+    return True to end that row. A row also ends at the model's context (`max_position_embeddings`).
     `on_done(n)` is called whenever n more rows have ended, for whoever shows progress.
     Raises ValueError for a prompt that is empty or fills the context.
     """
     sampling = _Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     budgets = torch.tensor([_budget(model, prompt, max_new_tokens) for prompt in prompts], dtype=torch.long)
+    if not prompts:
+        return []
     uniforms = torch.from_numpy(_uniforms(seed, draws or range(len(prompts)), max_new_tokens))
-    size = batch_size or max(len(prompts), 1)
+    size = min(batch_size or len(prompts), len(prompts))
     # Rows of like length together: the less padding, the less work.
-    order = (
-        sorted(range(len(prompts)), key=lambda row: len(prompts[row])) if size < len(prompts) else range(len(prompts))
-    )
-    done: dict[int, Generated] = {}
-    for start in range(0, len(prompts), size):
-        rows = list(order[start : start + size])
-        done |= _generate_batch(model, prompts, rows, sampling, budgets, uniforms, stop_ids, on_token, on_done)
+    waiting = deque(range(len(prompts)))
+    if size < len(prompts):
+        waiting = deque(sorted(waiting, key=lambda row: len(prompts[row])))
+    batch = _Batch(model, prompts, int(budgets.max()), size=size)
+    done = _run(batch, waiting, sampling, budgets, uniforms, stop_ids, on_token, on_done)
     return [done[row] for row in range(len(prompts))]
 
 
-def _generate_batch(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    rows: list[int],
+def _run(
+    batch: _Batch,
+    waiting: deque[int],
     sampling: _Sampling,
     budgets: Tensor,
     uniforms: Tensor,
@@ -195,27 +262,30 @@ def _generate_batch(
     on_token: Callable[[int, int], bool] | None,
     on_done: Callable[[int], object] | None,
 ) -> dict[int, Generated]:
-    """Return the completions of the prompts named by `rows`, by row."""
-    batch = _Batch(model, prompts, rows, int(budgets[rows].max()))
+    """Return the completions of all that wait, by row."""
     device = batch.rows.device
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     budgets, uniforms = budgets.to(device), uniforms.to(device)
     history: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # per step: rows, tokens, logprobs, stopped
-    while True:
-        step = len(history)
-        tokens, logprobs = sampling.draw(batch.logits, uniforms[batch.rows, step])
+    while waiting or len(batch.rows):
+        free = batch.size - len(batch.rows)
+        if waiting and (free * REFILL >= batch.size or not len(batch.rows)):
+            batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        tokens, logprobs = sampling.draw(batch.logits, uniforms[batch.rows, batch.made])
         stopped = torch.isin(tokens, stops)
         if on_token is not None:
             pairs = zip(batch.rows.tolist(), tokens.tolist(), strict=True)
             stopped |= torch.tensor([bool(on_token(row, token)) for row, token in pairs], device=device)
         history.append((batch.rows, tokens, logprobs, stopped))
-        finished = stopped | (budgets[batch.rows] <= step + 1)
+        finished = stopped | (budgets[batch.rows] <= batch.made + 1)
         ended = int(finished.sum())
-        if ended and on_done is not None:
-            on_done(ended)
-        if ended == len(tokens):
-            return _collect(history)
-        batch.step(batch.drop(finished, tokens) if ended else tokens)
+        if ended:
+            tokens = batch.drop(finished, tokens)
+            if on_done is not None:
+                on_done(ended)
+        if len(tokens):
+            batch.step(tokens)
+    return _collect(history)
 
 
 def _collect(history: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[int, Generated]:
@@ -263,7 +333,8 @@ def stream(
             # Not around the yield: the caller's own gradients are none of our business.
             with torch.no_grad():
                 if batch is None or drawn is None:
-                    batch = _Batch(model, [prompt], [0], budget)
+                    batch = _Batch(model, [prompt], budget, size=1)
+                    batch.admit([0])
                 else:
                     batch.step(drawn)
                 drawn, logprob = sampling.draw(batch.logits, uniforms[step : step + 1].to(batch.logits.device))

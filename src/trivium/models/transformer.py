@@ -49,6 +49,27 @@ class KVCache:
         all_values[:, :, self.length :] = values
         return all_keys, all_values
 
+    def next_slot(self, rows: int, start: int) -> tuple[tuple[Tensor, ...], ...]:
+        """Return views of every layer: where the next keys go, and values, then all of them from `start` up to there.
+
+        Four tuples, of [rows, kv_heads, head_dim] each and of [rows, kv_heads, slots, head_dim] each. Whoever has
+        written a slot in every layer counts it in `length`. Raises ValueError for a cache that is empty or full.
+        """
+        if self._keys is None or self._values is None or self.length >= self.shape[3]:
+            raise ValueError(f"There is no next slot: {self.length} of {self.shape[3]} are filled.")
+        both, end = (self._keys[:, :rows], self._values[:, :rows]), self.length + 1
+        new = (stored[:, :, :, self.length].unbind() for stored in both)
+        seen = (stored[:, :, :, start:end].unbind() for stored in both)
+        return (*new, *seen)
+
+    def shift(self, slots: int) -> None:
+        """Move everything `slots` slots towards the beginning; what stood there is gone."""
+        for stored in (self._keys, self._values):
+            for layer in () if stored is None else stored:
+                # A copy first: source and destination overlap.
+                layer[:, :, : self.length - slots] = layer[:, :, slots : self.length].clone()
+        self.length -= slots
+
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy the rows `sources` over the rows `destinations` (int64 [k] each, disjoint)."""
         for stored in (self._keys, self._values):

@@ -23,9 +23,9 @@ from trivium.data.collate import PreferenceGroup, collate_preferences, mismatche
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.stats import wilson_interval
+from trivium.losses.cross_entropy import head_logprobs
 from trivium.losses.family import FAMILY, meaningful_to
 from trivium.losses.kto import best_and_worst
-from trivium.losses.logprobs import token_logprobs
 from trivium.models.adapter_folder import save_adapted
 from trivium.models.hf import load_model
 from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
@@ -225,8 +225,8 @@ def per_token(config: Config) -> bool:
 
 def completion_sums(model: Transformer, batch: PreferenceBatch, *, mean: bool) -> Tensor:
     """Return each completion's log-probability in nats, float [N]: summed (DPO) or per token (IPO)."""
-    logits = model.logits(model(batch.tokens.input_ids, positions=batch.tokens.positions))
-    sums = token_logprobs(logits, batch.tokens.targets).sum(-1)
+    hidden = model(batch.tokens.input_ids, positions=batch.tokens.positions)
+    sums = head_logprobs(hidden, model.lm_head.weight, batch.tokens.targets).sum(-1)
     return sums / batch.tokens.num_items_per_row if mean else sums
 
 

@@ -19,9 +19,10 @@ from trivium.batches import IGNORE, LossOutput, RolloutBatch, select_rows, to_de
 from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, bounds, one_of
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
+from trivium.losses.cross_entropy import head_logprobs
 from trivium.losses.estimators import ESTIMATORS, completion_divisors, round_advantages
 from trivium.losses.grpo import grpo
-from trivium.losses.logprobs import masked_sum, token_logprobs
+from trivium.losses.logprobs import masked_sum
 from trivium.losses.ppo import kl_k1
 from trivium.losses.reinforce import rloo
 from trivium.models.adapter_folder import save_adapted
@@ -101,8 +102,8 @@ class Config:
 
 def objective(policy: Transformer, config: Config, batch: RolloutBatch) -> LossOutput:
     """Return the summed loss of a minibatch: the clipped ratio times the advantage, plus what KL the loss holds."""
-    logits = policy.logits(policy(batch.tokens.input_ids, positions=batch.tokens.positions))
-    logprobs = token_logprobs(logits, batch.tokens.targets, config.sampling.temperature)
+    hidden = policy(batch.tokens.input_ids, positions=batch.tokens.positions)
+    logprobs = head_logprobs(hidden, policy.lm_head.weight, batch.tokens.targets, config.sampling.temperature)
     new, old, ref, advantages = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages
     if config.estimator == "rloo":
         loss = rloo(new, old, advantages, config.clip_range, batch.mask).unsqueeze(-1)

@@ -18,7 +18,7 @@ from trivium.config import ConfigError, UserError, bounds
 from trivium.data.chat import render_prompt
 from trivium.data.sources import load_prompts
 from trivium.data.tokenizer import Tokenizer
-from trivium.losses.logprobs import token_logprobs
+from trivium.losses.cross_entropy import head_logprobs
 from trivium.models.generate import Generated, generate
 from trivium.models.heads import ScalarModel
 from trivium.models.lora import adapters_off
@@ -229,7 +229,9 @@ def completion_logprobs(model: Transformer, tokens: TokenBatch, *, temperature: 
     model.eval()
     with torch.no_grad():
         parts = [
-            token_logprobs(model.logits(model(part.input_ids, positions=part.positions)), part.targets, temperature)
+            head_logprobs(
+                model(part.input_ids, positions=part.positions), model.lm_head.weight, part.targets, temperature
+            )
             for part in chunks(tokens, rows)
         ]
     return torch.cat(parts)
