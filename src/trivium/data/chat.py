@@ -161,16 +161,22 @@ class _Writer:
         self._text = ""
         self._ending = 0.0
         """The weight of what belongs to the end of a trained turn: up to and including the next special token."""
+        self._called = False
+        """Whether that turn calls a tool; special tokens may then close the call before one ends the turn."""
 
     def control(self, text: str) -> None:
         """Add a template's text, in which special tokens count."""
-        for part in self._tokenizer.split_control(text):
+        parts = self._tokenizer.split_control(text)
+        end = self._tokenizer.end_id if self._called and self._tokenizer.end_id in parts else None
+        for part in parts:
             if isinstance(part, str):
                 self._text += part
             else:
                 self._flush(self._ending)
                 self._put([part], self._ending)
-                self._ending = 0.0
+                self._ending = self._ending if end not in (None, part) else 0.0
+                end = None if end == part else end
+        self._called = False
 
     def others(self, head: str, texts: Sequence[str], between: Sequence[str]) -> None:
         """Add what somebody else than the assistant said, after its header: never trained."""
@@ -193,7 +199,7 @@ class _Writer:
                     self._put([part], weight)
             self._text += text
         self._flush(weight)
-        self._ending = weight
+        self._ending, self._called = weight, len(texts) > 1 or bool(own)
 
     def done(self) -> Rendered:
         """Return everything."""
