@@ -61,9 +61,10 @@ def cluster_sizes(texts: Sequence[str], similarity: float = 0.5) -> NDArray[np.i
         _, first, groups = np.unique(band, axis=0, return_index=True, return_inverse=True)
         leaders = first[groups.reshape(-1)]
         near = (unique == unique[leaders]).mean(axis=1) >= similarity
-        for number in np.flatnonzero(near & (leaders != np.arange(len(unique)))):
-            parents[root(int(number))] = root(int(leaders[number]))
+        linked = np.flatnonzero(near & (leaders != np.arange(len(unique))))
+        for number, leader in zip(linked.tolist(), leaders[linked].tolist(), strict=True):
+            parents[root(number)] = root(leader)
     sizes = np.zeros(len(unique), dtype=np.int64)
-    for number, count in enumerate(counts):
+    for number, count in enumerate(counts.tolist()):
         sizes[root(number)] += count
     return np.sort(sizes[sizes > 0])[::-1]

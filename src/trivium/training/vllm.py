@@ -56,7 +56,7 @@ class VllmEngine:
             if options.get(name, value) != value:
                 raise UserError(f"the vLLM engine needs {name} = {value!r}, not {options[name]!r}; leave it out")
         self.sleep = sleep
-        self.options = {"gpu_memory_utilization": 0.4} | options | REQUIRED
+        self.options = {"gpu_memory_utilization": 0.4} | options | dict(REQUIRED)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._llm: Any = None
         self._shape: Any = None
