@@ -65,7 +65,7 @@ def test_a_messages_weight_multiplies_its_tokens_and_the_mean_divides_by_weights
                 total += (1, 3)[ended] * float(losses[row, place])
                 count += (1, 3)[ended]
     assert float(batch.num_items) == count
-    assert float(output.total) == pytest.approx(total, rel=1e-5)
+    assert output.total.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_a_weight_of_zero_or_the_last_answer_alone_leaves_the_others_out(
