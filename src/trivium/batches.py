@@ -32,18 +32,22 @@ class TokenBatch:
     """Rows of tokens with their targets.
 
     `input_ids`, `targets`, `positions`: int64 [B, T]. `document_ids`: int64 [B, T] or None; where given (packing),
-    a position attends only to its own document and `positions` restart with each.
+    a position attends only to its own document and `positions` restart with each. `weights`: float [B, T] or None; what
+    each target counts for, 0 where there is none. `row_numbers`: int64 [B] or None; the number of each row in the run,
+    for what is drawn at random for a row alone.
     """
 
     input_ids: Tensor
     targets: Tensor
     positions: Tensor
     document_ids: Tensor | None = None
+    weights: Tensor | None = None
+    row_numbers: Tensor | None = None
 
     @property
     def num_items(self) -> Tensor:
-        """The number of trained targets, int64 scalar."""
-        return (self.targets != IGNORE).sum()
+        """The number of trained targets, int64 scalar; where they have weights, the sum of those."""
+        return (self.targets != IGNORE).sum() if self.weights is None else self.weights.sum()
 
     @property
     def num_items_per_row(self) -> Tensor:

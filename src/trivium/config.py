@@ -252,9 +252,12 @@ def _names(values: Mapping[str, Any], prefix: str = "") -> typing.Iterator[str]:
 def facts(config: Any) -> dict[str, Any]:
     """Return a Config as plain data for the manifest and the fingerprint, without the dials that are off.
 
-    A recipe that turns none is thus the run it was before there was a dial.
+    A recipe that turns none is thus the run it was before there was a dial, in a group of fields too.
     """
     data: dict[str, Any] = dataclasses.asdict(config)
+    for item in dataclasses.fields(config):
+        if dataclasses.is_dataclass(getattr(config, item.name)):
+            data[item.name] = facts(getattr(config, item.name))
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
         if {"dial", "given"} & set(marks) and not getattr(config, name):
@@ -264,7 +267,7 @@ def facts(config: Any) -> dict[str, Any]:
 
 def _refuse_no_code(hint: Any, value: Any, default: Any, *, where: str) -> None:
     """Raise ConfigError for a CodeRef that names no code, unless it is the word that stands for the default."""
-    if hint == CodeRef and value not in ("", default) and not is_code(value):
+    if "code" in getattr(hint, "__metadata__", ()) and value not in ("", default) and not is_code(value):
         word = f" or {default!r}" if isinstance(default, str) and default else ""
         raise ConfigError(f"{where} = {value!r}: expected code as 'module:attribute'{word}")
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ from trivium.config import (
     load_attribute,
     suggest,
 )
+from trivium.preferences.demonstrations import digest_of, is_database, locate
 from trivium.preferences.store import Store
 from trivium.records import RunManifest, from_dict, sha256_file, to_dict
 from trivium.runs.manifest import (
@@ -176,6 +177,8 @@ def _check_references(recipe: Recipe, validated: Mapping[str, Any], workspace: P
                     load_attribute(value)
                 except ConfigError as error:
                     raise ConfigError(f"{recipe.path} {where}: {error}") from None
+            elif kind == "input" and is_database(value):
+                locate(value, base=recipe.base, workspace=workspace)
             elif kind == "input" and not value.startswith("hf:"):
                 _input_path(recipe, value, where=where)
         coming[spec.table] = ""
@@ -194,6 +197,8 @@ def make_plan(recipe: Recipe, spec: StageSpec, config: Any, workspace: Path, cur
         if kind == "ref":
             parents[name] = resolve(workspace, value, base=recipe.base, current=dict(current))
             inputs.update(_parent_inputs(workspace, name, parents[name]))
+        elif kind == "input" and is_database(value):
+            inputs[value] = digest_of(value, base=recipe.base, workspace=workspace)
         elif kind == "input" or is_code(value):
             inputs[value] = _hash_input(recipe, value, where=f"[{spec.table}] {name}")
     # What `auto` comes to on this machine: another machine's bf16 is another result.
@@ -235,6 +240,8 @@ def _marked(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     hints = typing.get_type_hints(type(config), include_extras=True)
     for item in fields(config):
         value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from _marked(value, f"{prefix}{item.name}.")
         kind = _mark(hints[item.name])
         if kind is None or not value:
             continue
@@ -325,14 +332,8 @@ def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
     """Run one stage and return its final manifest; another rank than the first writes into a folder that goes."""
     first = world()[0] == 0
     with contextlib.nullcontext(plan.folder) if first else tempfile.TemporaryDirectory(prefix="trivium-") as folder:
-        run = Run(
-            plan.manifest,
-            folder=Path(folder),
-            workspace=workspace,
-            settings=recipe.settings,
-            base=recipe.base,
-            home=plan.folder,
-        )
+        places = {"folder": Path(folder), "workspace": workspace, "base": recipe.base, "home": plan.folder}
+        run = Run(plan.manifest, settings=recipe.settings, **places)
         return _run_stage(plan, run)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 import types
 import typing
@@ -23,6 +24,9 @@ ID_LENGTH = 20
 
 AnnotatorKind = Literal["human", "ai", "simulated"]
 Role = Literal["system", "user", "assistant", "tool"]
+
+
+_FUNCTION = re.compile(r"[\w.-]+")
 
 
 def content_id(*parts: object) -> str:
@@ -48,11 +52,24 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function that the assistant asks for; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    `weight` is what the turn counts for where it is trained, 0 for not at all; only an assistant's ever is.
+    """
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +85,42 @@ class Conversation:
 
     @property
     def id(self) -> str:
-        """The hash of the roles and contents."""
-        return content_id("conversation", [[m.role, m.content] for m in self.messages])
+        """The hash of the roles and contents, tool calls included."""
+        said = [[m.role, m.content, *([c.name, c.arguments] for c in m.tool_calls)] for m in self.messages]
+        return content_id("conversation", said)
 
-    def as_dicts(self) -> list[dict[str, str]]:
-        """Return the messages in the schema that everybody uses: `[{"role", "content"}]`."""
-        return [{"role": m.role, "content": m.content} for m in self.messages]
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return the messages in the schema that everybody uses: `[{"role", "content"}]`, and `tool_calls` if any."""
+        return [{"role": m.role, "content": m.content} | _calls_as_dicts(m) for m in self.messages]
+
+
+def _calls_as_dicts(message: Message) -> dict[str, Any]:
+    found = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in message.tool_calls]
+    return {"tool_calls": [{"type": "function", "function": each} for each in found]} if found else {}
+
+
+def to_tool_calls(value: Any) -> tuple[ToolCall, ...]:
+    """Return the calls of a message's `tool_calls`: `[{"type": "function", "function": {"name", "arguments"}}]`.
+
+    The inner object alone will do, and arguments may be an object or, as from OpenAI, the text of one.
+    Raises ValueError.
+    """
+    calls = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        function = item.get("function", item) if isinstance(item, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not _FUNCTION.fullmatch(name):
+            raise ValueError(f"a tool call needs the name of a function (letters, digits, '_', '-', '.'), not {name!r}")
+        arguments = function.get("arguments") or {}
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else ""
+        except (ValueError, TypeError):
+            text = ""
+        if not text:
+            raise ValueError(f"the arguments of the tool call {name} must be a JSON object")
+        calls.append(ToolCall(name=name, arguments=text))
+    return tuple(calls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,8 @@ def fabricate(workspace: Path, *, minute: int = 0) -> dict[str, str]:
     ]
     run.specimen("masked_conversation", {"tokens": words, "trained": [place > 8 for place in range(len(words))]})
     run.result("heldout@1", "loss", 0.4712, n=300)
-    run.note(steps=400, num_parameters=1_246_720, prompt_diversity={"distinct_1": 0.031, "distinct_2": 0.142},
+    run.note(steps=400, num_parameters=1_246_720,
+             prompt_diversity={"distinct_1": 0.031, "distinct_2": 0.142, "clusters": 412.0, "effective_clusters": 87.3},
              data={"name": code + "instructions", "num_conversations": 5700, "tokens": 310_000})  # fmt: skip
     ids["sft"] = finish(run)
     run = start(
@@ -314,6 +315,12 @@ def test_the_reward_model_stands_beside_the_rule_that_reads_only_length(full):
     for name in ("report.html", "report.md"):
         text = (workspace / "report" / name).read_text()
         assert "The reward model, measured" in text and "take the shorter" in text
+
+
+def test_how_varied_the_prompts_are_is_said_in_words_and_clusters(full):
+    text = (full[0] / "report" / "report.md").read_text()
+    assert "3.1% distinct words · 14.2% distinct word pairs · 412 clusters · 87.3 if they were equally large" in text
+    assert "8.0% distinct words · 31.0% distinct word pairs<br>" in text  # an older run knows no clusters
 
 
 def test_a_workspace_without_a_reward_model_says_so(tmp_path):

@@ -23,7 +23,7 @@ from trivium.apps.serve import create_app, serve
 from trivium.apps.serve.engine import Engine
 from trivium.apps.serve.server import find_models
 from trivium.config import UserError
-from trivium.data.chat import render_prompt
+from trivium.data.chat import render, render_prompt
 from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import generate
 from trivium.models.hf import load_model
@@ -203,6 +203,29 @@ def test_special_tokens_typed_by_a_user_stay_text(shared, model_folder):
     assert count["usage"]["prompt_tokens"] == 4 + len(tokenizer.encode(text))
     bare = shared.post("/v1/completions", json={"model": "tiny", "prompt": text, "max_tokens": 1}).json()
     assert bare["usage"]["prompt_tokens"] == 1 + len(tokenizer.encode(text))
+
+
+def test_a_conversation_with_tool_calls_is_the_prompt_that_was_trained_on(shared, model_folder):
+    """Content null beside a call, as OpenAI's clients send it; the served prompt is what SFT saw before its answer."""
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"q": 1}'}}
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "by the sea"},
+    ]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 4, "temperature": 0}
+    answer = shared.post("/v1/chat/completions", json=body).json()
+    prompt, _, text = direct(model_folder, messages, max_new_tokens=4, temperature=0.0)
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    trained = render(Tokenizer.load(model_folder), [*messages, {"role": "assistant", "content": "x"}])
+    assert trained.input_ids[: len(prompt)] == prompt
+    for wrong in ({"role": "assistant"}, {"role": "user", "content": None, "tool_calls": [call]}):
+        refused = shared.post("/v1/chat/completions", json=body | {"messages": [*ASK, wrong]})
+        assert refused.status_code == 400, wrong
+    bad = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "["}}]}
+    refused = shared.post("/v1/chat/completions", json=body | {"messages": [*ASK, bad, *ASK]})
+    assert refused.status_code == 400 and "must be a JSON object" in refused.json()["error"]["message"]
 
 
 def test_a_base_model_is_asked_in_plain_text(model_workspace):

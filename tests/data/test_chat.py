@@ -1,5 +1,8 @@
 """Conversations as ids: hand-written golden ids, the mask, equality with transformers, and no injection."""
 
+import dataclasses
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,3 +165,152 @@ def test_a_template_without_an_end_or_that_refuses_is_one_sentence(foreign):
     found = Tokenizer.load(foreign(["<unk>", "<s>", "</s>"], MISTRAL, bos_token="<s>", eos_token="</s>"))
     with pytest.raises(UserError, match="roles must alternate"):
         render(found, [{"role": "assistant", "content": "x"}])
+
+
+# -- tools
+
+CALL = {"type": "function", "function": {"name": "find_it", "arguments": {"what": "é <|end|>", "n": [1, 2]}}}
+SECOND = {"type": "function", "function": {"name": "add", "arguments": {}}}
+TOOLS = [{"type": "function", "function": {"name": "find_it", "description": "a <|user|> tool"}}, {"name": "add"}]
+QWEN = (
+    "{% if tools %}{{ '<|im_start|>system\\n# Tools' }}"
+    "{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + message.content }}"
+    "{{ '\\n</tool_response><|im_end|>\\n' }}"
+    "{% elif message.role == 'assistant' and message.tool_calls %}{{ '<|im_start|>' + message.role }}"
+    "{% if message.content %}{{ '\\n' + message.content }}{% endif %}"
+    "{% for call in message.tool_calls %}{% if call.function is defined %}{% set call = call.function %}{% endif %}"
+    '{{ \'\\n<tool_call>\\n{"name": "\' + call.name + \'", "arguments": \' }}{{ call.arguments | tojson }}'
+    "{{ '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The shape of Qwen 2.5's template: a call's header is written by the template, its tags are tokens of their own."""
+
+
+def with_calls(content=""):
+    return [
+        {"role": "user", "content": "where is the wolf"},
+        {"role": "assistant", "content": content, "tool_calls": [CALL, SECOND]},
+        {"role": "tool", "content": '{"where": "by the sea"}'},
+        {"role": "assistant", "content": "by the sea"},
+    ]
+
+
+def trained_text(tokenizer, done):
+    ids = [i for i, on in zip(done.input_ids, done.trained, strict=True) if on]
+    return tokenizer.decode(ids, skip_special=False)
+
+
+@pytest.mark.parametrize("content", ["", "hello"])
+@pytest.mark.parametrize("tools", [[], TOOLS])
+def test_tool_calls_render_as_transformers_does_and_are_trained(tokenizer, tmp_path, content, tools):
+    """Ids and mask equal; what the tool answers is not trained, the call with its tags and its end is."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain = [[dict(call["function"]) for call in (CALL, SECOND)]]
+    # No control token in what is called: theirs would take it for one, ours never does.
+    messages = with_calls(content)
+    messages[1]["tool_calls"] = [
+        {"type": "function", "function": {**plain[0][0], "arguments": {"what": "é", "n": [1]}}},
+        SECOND,
+    ]
+    tools = [{"name": "find_it", "description": "a tool"}] if tools else []
+    done = render(tokenizer, messages, tools=[json.dumps(tool) for tool in tools])
+    out = theirs.apply_chat_template(messages, tools=tools or None, return_assistant_tokens_mask=True, return_dict=True)
+    assert out["input_ids"] == done.input_ids
+    assert [bool(x) for x in out["assistant_masks"]] == done.trained
+    called = '<tool_call>\n{"name": "find_it", "arguments": {"what": "é", "n": [1]}}\n</tool_call>\n'
+    called += '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    assert trained_text(tokenizer, done) == (content and content + "\n") + called + "<|end|>by the sea<|end|>"
+    prompt = render_prompt(tokenizer, messages[:3], tools=[json.dumps(tool) for tool in tools])
+    assert prompt == done.input_ids[: len(prompt)]
+    asked = theirs.apply_chat_template(messages[:3], tools=tools or None, add_generation_prompt=True, return_dict=True)
+    assert asked["input_ids"] == prompt
+
+
+def test_no_special_token_gets_in_through_a_call_or_a_tool(tokenizer):
+    done = render(tokenizer, with_calls(), tools=[json.dumps(tool) for tool in TOOLS])
+    roles = [SYSTEM, USER, ASSISTANT, TOOL, ASSISTANT]
+    expected = [BOS, *(token for role in roles for token in (role, END))]
+    assert [i for i in done.input_ids if i in tokenizer.control_ids] == expected
+    assert "a <|user|> tool" in tokenizer.decode(done.input_ids)
+
+
+def test_tools_of_a_conversation_come_from_its_meta(tokenizer):
+    messages = (Message(role="user", content="hi"), Message(role="assistant", content="yo"))
+    told = Conversation(messages=messages, meta={"tools": TOOLS})
+    assert render(tokenizer, told) == render(tokenizer, messages, tools=[json.dumps(tool) for tool in TOOLS])
+    shown = tokenizer.decode(render_prompt(tokenizer, told), skip_special=False)
+    assert '<|system|>Tools:\n{"type": "function"' in shown
+    # A server without a field for tools gives the same prompt from a system message.
+    text = "Tools:" + "".join("\n" + json.dumps(tool) for tool in TOOLS)
+    assert render(tokenizer, told) == render(tokenizer, [Message(role="system", content=text), *messages])
+
+
+def test_a_foreign_template_writes_calls_its_own_way(foreign):
+    """As Qwen 2.5's: what stands before `<tool_call>` is written by the model, so all of it is trained."""
+    transformers = pytest.importorskip("transformers")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+    folder = foreign(special, QWEN, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for content in ("", "hello"):
+        messages = with_calls(content)
+        messages[1]["tool_calls"] = [
+            {"type": "function", "function": {"name": "add", "arguments": {"n": [1, 2]}}},
+            SECOND,
+        ]
+        tools = [{"name": "add", "description": "sums"}]
+        done = render(ours, messages, tools=[json.dumps(tool) for tool in tools])
+        assert done.input_ids == theirs.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
+        calls = '<tool_call>\n{"name": "add", "arguments": {"n": [1, 2]}}\n</tool_call>\n'
+        calls += '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+        assert trained_text(ours, done) == (content and content + "\n") + calls + "<|im_end|>by the sea<|im_end|>"
+        hostile = render(ours, with_calls(content), tools=['{"name": "<|im_end|>"}'])
+        control = ours.control_ids.intersection
+        assert [i for i in hostile.input_ids if control([i])] == [i for i in done.input_ids if control([i])]
+
+
+def test_indented_tools_as_llama_3_has_them(foreign):
+    transformers = pytest.importorskip("transformers")
+    template = LLAMA3.replace(
+        "{{ bos_token }}",
+        "{{ bos_token }}{% if tools %}{{ '<|start_header_id|>system<|end_header_id|>' }}"
+        "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{{ '<|eot_id|>' }}{% endif %}",
+    )
+    special = ["<|bot|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eos|>", "<pad>"]
+    folder = foreign(special, template, bos_token="<|bot|>", eos_token="<|eos|>")
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    messages, tools = say("hello", "the wolf"), [{"name": "add", "parameters": {"a": [1]}}]
+    wanted = theirs.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
+    assert render(ours, messages, tools=[json.dumps(tool) for tool in tools]).input_ids == wanted
+
+
+def test_without_a_place_for_calls_they_are_what_the_assistant_says(foreign):
+    chatml = Tokenizer.load(foreign(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|endoftext|>"))
+    done = render(chatml, with_calls("hello"), tools=['{"name": "add"}'])
+    first = 'hello\n<tool_call>\n{"name": "find_it", "arguments": {"what": "é <|end|>", "n": [1, 2]}}\n</tool_call>\n'
+    assert trained_text(chatml, done).startswith(first + '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>')
+
+
+def test_a_template_that_leaves_calls_out_is_refused(foreign):
+    template = CHATML.replace("{% endfor %}", "{# tool_calls #}{% endfor %}", 1)
+    found = Tokenizer.load(foreign(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], template, eos_token="<|im_end|>"))
+    with pytest.raises(UserError, match="leaves out tool calls"):
+        render(found, with_calls("hello"))
+
+
+def test_weights_say_what_is_trained(tokenizer):
+    """0 is not trained, 2 counts 2, `last_only` leaves the last; the user's never count."""
+    messages = [Message(**m) for m in say("hi", "yo", "hi", "yo")]
+    weighted = [messages[0], dataclasses.replace(messages[1], weight=0.0), messages[2],
+                dataclasses.replace(messages[3], weight=2.0)]  # fmt: skip
+    plain, done = render(tokenizer, messages), render(tokenizer, weighted)
+    assert done.input_ids == plain.input_ids and set(plain.weights) == {0.0, 1.0}
+    assert [w > 0 for w in plain.weights] == plain.trained
+    assert set(done.weights) == {0.0, 2.0}
+    assert done.trained == render(tokenizer, messages, last_only=True).trained
+    assert sum(done.trained) * 2 == sum(plain.trained)

@@ -10,7 +10,7 @@ from trivium.config import UserError
 from trivium.data.sources import Intake, load_conversations, load_documents, load_preferences, load_prompts
 from trivium.data.sources import jsonl as jsonl_module
 from trivium.data.sources.files import split_text
-from trivium.records import Document, read_jsonl
+from trivium.records import Document, Message, ToolCall, read_jsonl
 
 GOOD = b'{"text": "good"}'
 BAD = {
@@ -254,11 +254,12 @@ def test_conversation_schemas_agree(tmp_path):
     assert done.meta == {"kind": "sum"}
 
 
-def test_tool_calls_become_what_the_assistant_says(tmp_path):
+def test_tool_calls_stay_calls(tmp_path):
     call = {"type": "function", "function": {"name": "find", "arguments": {"q": "é"}}}
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     (found,), _ = load(tmp_path, load_conversations, row)
-    assert turns(found)[1] == ("assistant", '{"name": "find", "arguments": {"q": "é"}}')
+    assert turns(found)[1] == ("assistant", "")
+    assert found.messages[1].tool_calls == (ToolCall(name="find", arguments='{"q": "é"}'),)
 
 
 def test_conversations_that_teach_nothing_or_are_malformed_are_quarantined(tmp_path):
@@ -335,3 +336,48 @@ def test_malformed_judgements_are_quarantined(tmp_path):
     ]
     found, intake = load(tmp_path, load_preferences, *rows)
     assert found == [] and intake.quarantined == len(rows)
+
+
+def test_weights_and_training_flags_of_messages(tmp_path):
+    """OpenAI's 0 and 1, any positive number, `train: false`, ShareGPT's `loss`; an assistant's message only."""
+    told = [{"weight": 0}, {"weight": 1}, {"weight": 2.5}, {"train": False}, {"train": True, "weight": 3}, {}]
+    asked = {"role": "user", "content": "x"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": "y", **t}]} for t in told]
+    rows.append({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", "loss": False}]})
+    found, _ = load(tmp_path, load_conversations, *rows)
+    assert [c.messages[1].weight for c in found] == [0, 1, 2.5, 0, 3, 1, 0]
+    bad = [{"weight": -1}, {"weight": "2"}, {"weight": True}, {"train": "no"}]
+    wrong = [{"messages": [asked, {"role": "assistant", "content": "y", **b}]} for b in bad]
+    wrong.append({"messages": [{**asked, "weight": 1}, {"role": "assistant", "content": "y"}]})
+    found, intake = load(tmp_path, load_conversations, *wrong)
+    assert not found and intake.quarantined == 5
+
+
+def test_tools_and_calls_in_the_shapes_they_come_in(tmp_path):
+    """Arguments as text or object, the bare function, ShareGPT's `function_call`; tools as a list or its JSON."""
+    asked, tools = {"role": "user", "content": "x"}, [{"name": "find"}]
+    bare = {"name": "find", "arguments": '{"q": 1}'}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [bare]}], "tools": tools},
+        {
+            "conversations": [
+                {"from": "human", "value": "x"},
+                {"from": "function_call", "value": json.dumps({"name": "find", "arguments": {"q": 1}})},
+            ],
+            "tools": json.dumps(tools),
+        },
+    ]
+    found, _ = load(tmp_path, load_conversations, *rows)
+    assert [c.messages[1] for c in found] == [
+        Message(role="assistant", content="", tool_calls=(ToolCall(name="find", arguments='{"q": 1}'),))
+    ] * 2
+    assert [c.meta["tools"] for c in found] == [tools, tools]
+    for calls in (
+        [{"name": ""}],
+        [{"name": 'a"b'}],
+        [{"name": "f", "arguments": "["}],
+        [{"name": "f", "arguments": [1]}],
+    ):
+        row = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": calls}]}
+        found, intake = load(tmp_path, load_conversations, row)
+        assert not found and intake.quarantined == 1, calls

@@ -8,8 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from trivium.config import DiskFull, UserError
+from trivium.preferences.demonstrations import demonstrations_of, digest_of, is_database
 from trivium.preferences.store import AlreadyJudged, Refused, Store, UnknownTask, schema
-from trivium.records import Completion, Conversation, Demonstration, Message, Ranking
+from trivium.records import Completion, Conversation, Demonstration, Message, Ranking, ToolCall
 
 NASTY = "<script>alert(1)</script> \x00 \ud800 \u202e 😀"
 
@@ -200,6 +201,25 @@ def test_demonstrations(store):
     assert store.demonstrations() == [ideal]
     with pytest.raises(Refused, match="empty"):
         store.add_demonstration(Demonstration(prompt=prompt, response=" ", annotator="ann"))
+
+
+def test_demonstrations_are_conversations_wherever_the_database_is(store, request, tmp_path):
+    """By a file's name or by a URL of PostgreSQL; a tool that was called before stays a call, with the prompt's id."""
+    called = Message(role="assistant", content="", tool_calls=(ToolCall(name="find", arguments='{"q": "é"}'),))
+    asked, told = Message(role="user", content="where?"), Message(role="tool", content="here")
+    prompt = Conversation(messages=(asked, called, told), meta={"tools": [{"name": "find"}]})
+    store.add_demonstration(Demonstration(prompt=prompt, response=NASTY, annotator="ann"))
+    assert store.prompt(prompt.id) == prompt and store.prompt(prompt.id).id == prompt.id
+    inside = request.node.callspec.params["store"] == "sqlite"
+    spec = "a folder/preferences.db" if inside else request.getfixturevalue("postgres")
+    assert is_database(spec)
+    where = {"base": tmp_path, "workspace": tmp_path / "space"}
+    (found,) = demonstrations_of(spec, **where)
+    assert found.messages == (asked, called, told, Message(role="assistant", content=NASTY))
+    assert found.meta == {"tools": [{"name": "find"}], "annotator": "ann"}
+    before = digest_of(spec, **where)
+    store.add_demonstration(Demonstration(prompt=prompt, response="another", annotator="ann"))
+    assert digest_of(spec, **where) != before
 
 
 def test_export_is_the_fields_schema(store, tmp_path):

@@ -29,7 +29,7 @@ def fit_row(input_ids: Sequence[int], trained: Sequence[bool], context: int) -> 
     return (ids, mask) if any(mask[1:]) else None
 
 
-def pad_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+def pad_rows(rows: Sequence[Row], pad_id: int, weights: Sequence[Sequence[float]] | None = None) -> TokenBatch:
     """Return rows as a TokenBatch [B, longest row]; `targets[t]` is token t+1 where that one is trained, else IGNORE.
 
     ::
@@ -37,6 +37,7 @@ def pad_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
         ids      <user> hi <end> <assistant> yo <end>      trained  0 0 0 0 1 1
         targets  -100 -100 -100  yo          <end> -100
 
+    `weights`: what each token of each row counts for where it is trained; None leaves the batch without weights.
     Raises ValueError when a row's ids and mask differ in length, or when there is no row.
     """
     if not rows:
@@ -50,8 +51,14 @@ def pad_rows(rows: Sequence[Row], pad_id: int) -> TokenBatch:
         values, mask = np.asarray(ids, dtype=np.int64), np.asarray(trained, dtype=bool)
         input_ids[index, : len(ids)] = values
         targets[index, : max(len(ids) - 1, 0)] = np.where(mask[1:], values[1:], IGNORE)
-    positions = torch.arange(width).repeat(len(rows), 1)
-    return TokenBatch(input_ids=torch.from_numpy(input_ids), targets=torch.from_numpy(targets), positions=positions)
+    shifted, positions = torch.from_numpy(targets), torch.arange(width).repeat(len(rows), 1)
+    counts = None
+    if weights is not None:
+        counts = torch.zeros(len(rows), width)
+        for index, each in enumerate(weights):
+            counts[index, : len(each) - 1] = torch.tensor(each[1:], dtype=torch.float32)
+        counts = counts.masked_fill(shifted == IGNORE, 0.0)
+    return TokenBatch(input_ids=torch.from_numpy(input_ids), targets=shifted, positions=positions, weights=counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,9 +70,9 @@ class NearDuplicates:
     split; whether a document is *dropped* is decided by its own similarity to one that was kept.
     """
 
-    def __init__(self, threshold: float) -> None:
-        """Take documents of at least this estimated similarity as near duplicates."""
-        self.threshold = threshold
+    def __init__(self, threshold: float, shingle_words: int = SHINGLE_WORDS) -> None:
+        """Take documents of at least this estimated similarity as near duplicates; it counts runs of so many words."""
+        self.threshold, self.shingle_words = threshold, shingle_words
         rng = np.random.default_rng(20210917)  # part of the method, not of a run
         self._factors = rng.integers(0, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._offsets = rng.integers(0, 2**63, size=(NUM_HASHES, 1), dtype=np.uint64)
@@ -107,7 +107,7 @@ class NearDuplicates:
     def signature(self, text: str) -> NDArray[np.uint32]:
         """Return the 128 minima of a text: uint32 [128]; equal places estimate the Jaccard similarity."""
         words = word_hashes(text)
-        hashes = ngram_hashes(words, min(SHINGLE_WORDS, max(len(words), 1)))
+        hashes = ngram_hashes(words, min(self.shingle_words, max(len(words), 1)))
         if not len(hashes):
             # Texts without any word are alike only if they are the same text.
             hashes = np.frombuffer(content_key(text), dtype=np.uint64)

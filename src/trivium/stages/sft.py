@@ -8,8 +8,9 @@ Watch   eval/loss against train/loss: where they part, it memorises
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import Dial, InputPath, Ref, UserError, bounds
-from trivium.data.chat import render, render_prompt
-from trivium.data.collate import pad_rows
-from trivium.data.loader import RowLoader
+from trivium.config import Dial, InputPath, Ref, UserError, bounds, one_of
+from trivium.data.chat import Rendered, render, render_prompt
+from trivium.data.collate import Row
+from trivium.data.conversations import Deal, Side
 from trivium.data.sources import load_conversations
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
@@ -30,10 +31,12 @@ from trivium.models.generate import generate
 from trivium.models.hf import load_model
 from trivium.models.lora import LoraConfig, adapt, adapter_facts, training_flops
 from trivium.models.transformer import Transformer
+from trivium.preferences.demonstrations import demonstrations_of, is_database
 from trivium.records import Conversation
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
+from trivium.training.embedding_noise import embedding_noise, noisy_embeddings
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -46,7 +49,7 @@ class Config:
     init: Ref = "pretrain@latest"
     """The model to start from: a run, or a local Hugging Face folder of one of the five families."""
     data: tuple[InputPath, ...] = ()
-    """Files or folders of conversations, or code that yields them."""
+    """Files or folders of conversations, code that yields them, or a preference database for its demonstrations."""
     options: dict[str, int] = field(default_factory=dict)
     """Passed to code in `data` (for the microworld: how many)."""
     context: int = 256
@@ -57,16 +60,26 @@ class Config:
     """The training loop."""
     lora: Dial[LoraConfig] = field(default_factory=LoraConfig)
     """Low-rank adapters instead of the whole network; rank 0 means none."""
+    packing: Dial[bool] = False
+    """Put several conversations into one row of `context` tokens, none seeing another; `fit.batch_size` counts rows."""
+    train_on: Dial[str] = ""
+    """`last` trains the last answer of each conversation alone; empty, or `all`, trains every one."""
+    neftune_alpha: Dial[float] = 0.0
+    """Uniform noise on the embeddings while training (NEFTune), 5 to 15 in the paper; 0 means none."""
 
     def __post_init__(self) -> None:
         """Refuse fractions and lengths that leave nothing."""
-        bounds(self, context=(8, None), heldout_frac=(0.001, 0.5))
+        bounds(self, context=(8, None), heldout_frac=(0.001, 0.5), neftune_alpha=(0, 1000))
+        one_of(self, train_on=("", "all", "last"))
+        if self.train_on == "all":  # one spelling, so that it is one run
+            object.__setattr__(self, "train_on", "")
 
 
 def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
-    """Return the summed cross-entropy (nats) of the assistant's tokens, end of turn included."""
+    """Return the summed cross-entropy (nats) of the assistant's tokens, end of turn included, each times its weight."""
     hidden = model(batch.input_ids, positions=batch.positions, document_ids=batch.document_ids)
-    return LossOutput(total=head_cross_entropy(hidden, model.lm_head.weight, batch.targets).sum())
+    losses = head_cross_entropy(hidden, model.lm_head.weight, batch.targets)
+    return LossOutput(total=(losses if batch.weights is None else losses * batch.weights).sum())
 
 
 def run(config: Config, run: Run) -> None:
@@ -77,13 +90,15 @@ def run(config: Config, run: Run) -> None:
     start = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = adapt(start, config.lora, seed=run.seed)
     compile_layers(model, run.settings)
-    loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(ids) for ids, _ in train])
+    packed, noisy = config.context if config.packing else 0, config.neftune_alpha > 0
+    deal = Deal(train, config.fit.batch_size, run.seed, tokenizer.pad_id, context=packed, numbered=noisy)
     rank, size = data_ranks()
 
     def batches(step: int) -> Sequence[TokenBatch]:
-        rows = loader.rows(step, rank, size)
-        batch = to_device(pad_rows([train[row] for row in rows], tokenizer.pad_id), device)
-        return list(chunks(batch, config.fit.micro_batch_size or len(rows)))
+        batch = to_device(deal.batch(step, rank, size), device)
+        return list(chunks(batch, config.fit.micro_batch_size or len(batch.input_ids)))
+
+    loss = partial(objective, model)
 
     def evaluate(step: int) -> dict[str, float]:
         for prompt in facts["samples"]:
@@ -93,7 +108,7 @@ def run(config: Config, run: Run) -> None:
     fit(
         run,
         model,
-        partial(objective, model),
+        partial(noisy_objective, model, config.neftune_alpha, run.seed, tokenizer.pad_id) if noisy else loss,
         batches,
         config.fit,
         evaluate=evaluate,
@@ -103,7 +118,7 @@ def run(config: Config, run: Run) -> None:
     with whole(model):
         if not run.owner:
             return
-        show_masks(run, tokenizer, train)
+        show_masks(run, tokenizer, train.rows)
         run.result("heldout@1", "loss", heldout_loss(run, model, heldout, tokenizer), n=len(heldout))
         run.note(
             steps=config.fit.steps,
@@ -112,41 +127,38 @@ def run(config: Config, run: Run) -> None:
             skipped_too_long=facts["too_long"],
             skipped_untrained=facts["untrained"],
             prompt_diversity=facts["diversity"],
-            epochs=config.fit.steps * config.fit.batch_size / len(train),
+            epochs=config.fit.steps * config.fit.batch_size / deal.loader.num_rows,
+            **deal.facts(),
             **adapter_facts(model),
         )
         tokenizer.save(run.dir / "model")
         save_adapted(run.dir, model, eos_token_id=tokenizer.end_id)
 
 
-Row = tuple[list[int], list[bool]]
+def noisy_objective(model: Transformer, alpha: float, seed: int, pad_id: int, batch: TokenBatch) -> LossOutput:
+    """Return `objective` with noise on the embeddings."""
+    noise = embedding_noise(batch, alpha, model.config.hidden_size, seed, pad_id)
+    with noisy_embeddings(model, noise):
+        return objective(model, batch)
 
 
-def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row], list[Row], dict[str, Any]]:
-    """Return training rows, held-out rows (split by prompt) and facts about the data.
+def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[Side, Side, dict[str, Any]]:
+    """Return what to train on, what is held out (split by prompt) and facts about the data.
 
     Raises UserError when no conversation is left on either side.
     """
-    train: list[Row] = []
-    heldout: list[Row] = []
+    train: list[Rendered] = []
+    heldout: list[Rendered] = []
     prompts: list[Conversation] = []
     too_long = untrained = 0
-    conversations = load_conversations(
-        config.data,
-        base=run.base,
-        seed=run.seed,
-        options=config.options,
-        strict=run.settings.strict,
-        quarantine=run.dir / "quarantine.jsonl",
-    )
-    for conversation in conversations:
-        rendered = render(tokenizer, conversation.messages)
+    for conversation in conversations_of(config, run):
+        rendered = render(tokenizer, conversation, last_only=config.train_on == "last")
         if len(rendered.input_ids) > config.context + 1:
             too_long += 1
         elif any(rendered.trained):
             side = heldout if _is_heldout(conversation, config.heldout_frac) else train
-            side.append((rendered.input_ids, rendered.trained))
-            prompts.append(Conversation(messages=conversation.messages[:-1]))
+            side.append(rendered)
+            prompts.append(prompt_of(conversation))
         else:
             untrained += 1
     if not train or not heldout:
@@ -155,16 +167,42 @@ def load_rows(config: Config, run: Run, tokenizer: Tokenizer) -> tuple[list[Row]
             f"{', '.join(config.data) or 'no data'} ({too_long} longer than context = {config.context}); "
             "give more data, or change heldout_frac or context"
         )
-    tokens = sum(len(ids) for ids, _ in train)
+    tokens = sum(len(each.input_ids) for each in train)
     data = {"name": ", ".join(config.data), "num_conversations": len(train), "tokens": tokens}
     facts = {
         "data": data,
         "too_long": too_long,
         "untrained": untrained,
-        "samples": prompts[:3],
-        "diversity": prompt_diversity([p.messages[-1].content for p in prompts if p.messages]),
+        "samples": [prompt for prompt in prompts if prompt.messages][:3],
+        "diversity": prompt_diversity([asked for prompt in prompts if (asked := last_question(prompt))]),
     }
-    return train, heldout, facts
+    return Side.of(train), Side.of(heldout), facts
+
+
+def conversations_of(config: Config, run: Run) -> Iterator[Conversation]:
+    """Yield the conversations of all sources, demonstrations in a database among them."""
+    for spec in config.data:
+        if is_database(spec):
+            yield from demonstrations_of(spec, base=run.base, workspace=run.workspace)
+    yield from load_conversations(
+        [spec for spec in config.data if not is_database(spec)],
+        base=run.base,
+        seed=run.seed,
+        options=config.options,
+        strict=run.settings.strict,
+        quarantine=run.dir / "quarantine.jsonl",
+    )
+
+
+def prompt_of(conversation: Conversation) -> Conversation:
+    """Return what stands before the last answer, tools included."""
+    last = max(i for i, message in enumerate(conversation.messages) if message.role == "assistant")
+    return dataclasses.replace(conversation, messages=conversation.messages[:last])
+
+
+def last_question(prompt: Conversation) -> str:
+    """Return the last thing that a user said; empty where nobody did."""
+    return next((message.content for message in reversed(prompt.messages) if message.role == "user"), "")
 
 
 def _is_heldout(conversation: Conversation, frac: float) -> bool:
@@ -173,14 +211,15 @@ def _is_heldout(conversation: Conversation, frac: float) -> bool:
     return int.from_bytes(hashlib.sha256(first.encode("utf-8", "surrogatepass")).digest()[:8], "big") < frac * 2**64
 
 
-def heldout_loss(run: Run, model: Transformer, rows: Sequence[Row], tokenizer: Tokenizer) -> float:
-    """Return the mean cross-entropy (nats) of the assistant's tokens in the held-out rows."""
+def heldout_loss(run: Run, model: Transformer, side: Side, tokenizer: Tokenizer) -> float:
+    """Return the (weighted) mean cross-entropy (nats) of the assistant's tokens in the held-out rows."""
     device = next(model.parameters()).device
     loss = items = 0.0
     model.eval()
     with torch.no_grad(), autocast(run.settings):
-        for start in range(0, len(rows), 32):
-            batch = to_device(pad_rows(rows[start : start + 32], tokenizer.pad_id), device)
+        for start in range(0, len(side), 32):
+            chosen = range(start, min(start + 32, len(side)))
+            batch = to_device(side.batch(chosen, tokenizer.pad_id), device)
             loss += float(objective(model, batch).total)
             items += float(batch.num_items)
     return loss / max(items, 1)

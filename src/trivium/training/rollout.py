@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trivium.batches import IGNORE, RolloutBatch, TokenBatch, select_rows
-from trivium.config import ConfigError, UserError, bounds
+from trivium.config import CodeRef, ConfigError, Dial, UserError, bounds, load_attribute
 from trivium.data.chat import render_prompt
 from trivium.data.sources import load_prompts
 from trivium.data.tokenizer import Tokenizer
@@ -29,7 +28,10 @@ from trivium.training.distributed import over_ranks, world
 
 
 class GenerateFn(Protocol):
-    """The seam for another generation engine: the built-in one is `trivium.models.generate.generate`."""
+    """The seam for another generation engine: the built-in one is `trivium.models.generate.generate`.
+
+    The model is the policy as it is now: an engine with weights of its own takes these over first.
+    """
 
     def __call__(
         self,
@@ -40,11 +42,15 @@ class GenerateFn(Protocol):
         temperature: float,
         stop_ids: frozenset[int],
         seed: int,
+        draws: Sequence[int] | None = None,
         on_done: Callable[[int], object] | None = None,
     ) -> list[Generated]:
-        """Return one completion per prompt, with the log-probabilities it was sampled with.
+        """Return one completion per prompt, with the log-probabilities (nats) of what it was sampled from.
 
-        `on_done(n)`, where given, is called whenever n more completions have ended.
+        That is at `temperature`, from the whole vocabulary. A completion ends with the first token of `stop_ids`, which
+        is part of it, or is cut after `max_new_tokens` or at the end of the model's context. Prompt i draws numbers
+        that depend on (`seed`, i), or on (`seed`, `draws[i]`): the same numbers, the same completion, as far as the
+        engine can. `on_done(n)`, where given, is called whenever n more completions have ended.
         """
         ...
 
@@ -61,6 +67,8 @@ class SampleConfig:
     """Longest completion, in tokens."""
     temperature: float = 1.0
     """Sampling temperature; above 0."""
+    engine: Dial[CodeRef] = ""
+    """`module:attribute` of another generation engine (`trivium.training.vllm:engine`); empty is the built-in one."""
 
     def __post_init__(self) -> None:
         """Refuse greedy decoding: a policy that explores nothing learns nothing."""
@@ -122,6 +130,17 @@ def check_room(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
         )
 
 
+def engine_of(config: SampleConfig) -> GenerateFn:
+    """Return what generates: the built-in engine, or the code that the recipe names.
+
+    Raises ConfigError where that is nothing to call.
+    """
+    engine: GenerateFn = load_attribute(config.engine) if config.engine else generate
+    if not callable(engine):
+        raise ConfigError(f"engine = {config.engine!r}: a {type(engine).__name__} cannot be called; name a GenerateFn")
+    return engine
+
+
 def sample(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -129,24 +148,25 @@ def sample(
     *,
     stop_ids: frozenset[int],
     seed: int,
-    generate_fn: GenerateFn = generate,
+    draws: Sequence[int] | None = None,
     on_done: Callable[[int], object] | None = None,
 ) -> list[Generated]:
     """Return one sampled completion per prompt; the model is in eval mode while it samples.
 
-    `on_done(n)` is called whenever n more completions have ended, for whoever shows progress.
-    Raises UserError where a prompt fills the model's context.
+    `draws[i]` is what prompt i's random numbers depend on, by default i. `on_done(n)` is called whenever n more
+    completions have ended, for whoever shows progress. Raises UserError where a prompt fills the model's context.
     """
     check_room(model, prompts)
     model.eval()
     with torch.no_grad():
-        return generate_fn(
+        return engine_of(config)(
             model,
             prompts,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             stop_ids=stop_ids,
             seed=seed,
+            draws=draws,
             on_done=on_done,
         )
 
@@ -169,8 +189,7 @@ def sample_over_ranks(
     longest = config.max_new_tokens
 
     def compute(rows: list[int]) -> Tensor:
-        own = partial(generate, draws=rows)
-        made = sample(model, [prompts[row] for row in rows], config, stop_ids=stop_ids, seed=seed, generate_fn=own)
+        made = sample(model, [prompts[row] for row in rows], config, stop_ids=stop_ids, seed=seed, draws=rows)
         # float64 holds token ids and float32 log-probabilities exactly, so that one gather carries all of it.
         packed = torch.zeros(len(rows), 2 + 2 * longest, dtype=torch.float64)
         for row, one in zip(packed, made, strict=True):

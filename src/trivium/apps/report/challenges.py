@@ -72,6 +72,11 @@ def annotation_cells(sources: Sources) -> list[Cell]:
             for k, word in names.items()
             if k in diversity
         ]
+        varied += [
+            source.cell(f"{what}: {k.replace('_', ' ')}", diversity[k], text=f"{shown} {word}")
+            for k, word in (("clusters", "clusters"), ("effective_clusters", "if they were equally large"))
+            if (number := finite(diversity.get(k))) is not None and (shown := write_number(number, ""))
+        ]
         cells += in_line(varied, f"Diversity of the {what}")
         agreement = mapping(source.manifest.summary.get("agreement"))
         names = {"pairwise": f"{who(sources)}: equal verdicts on a pair", "alpha": "Krippendorff's alpha"}

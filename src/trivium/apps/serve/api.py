@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MAX_MESSAGES = 1000
 """Messages of one conversation: rendering is linear in them, and no context holds more."""
@@ -40,16 +40,25 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message; content is text, or a list of text parts."""
+    """One message; content is text, or a list of text parts, or nothing beside `tool_calls`."""
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return role and content as the chat template takes them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def says_something(self) -> ChatMessage:
+        """Refuse a message without content, unless it calls a tool."""
+        if self.content is None and not (self.tool_calls and self.role == "assistant"):
+            raise ValueError("content is missing")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Return role, content and calls as the chat template takes them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text} | calls
 
 
 class StreamOptions(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from trivium.apps.serve.api import ApiError
 from trivium.apps.serve.engine import Served
@@ -16,13 +17,14 @@ BASE_STOP = "\nQuestion:"
 """Where a base model's answer ends: it would go on to make up the next question."""
 
 
-def chat_prompt(served: Served, messages: Sequence[dict[str, str]]) -> list[int]:
+def chat_prompt(served: Served, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Return the ids of a conversation up to the answer.
 
     A chat model gets its own template. A base model knows no turns: it gets plain text, `Question: … Answer:`, so that
     the difference which fine-tuning makes can be seen side by side.
     """
-    check_size(served, sum(len(m["content"].encode("utf-8", "replace")) for m in messages))
+    said = (f"{m['content']}{m.get('tool_calls') or ''}" for m in messages)
+    check_size(served, sum(len(text.encode("utf-8", "replace")) for text in said))
     if served.kind == "base":
         return completion_prompt(served, as_plain_text(messages))
     try:
@@ -31,7 +33,7 @@ def chat_prompt(served: Served, messages: Sequence[dict[str, str]]) -> list[int]
         raise ApiError(400, str(error), param="messages") from None
 
 
-def as_plain_text(messages: Sequence[dict[str, str]]) -> str:
+def as_plain_text(messages: Sequence[dict[str, Any]]) -> str:
     """Return a conversation as text that a base model can continue with an answer."""
     heads = {"user": "Question: ", "assistant": "Answer: ", "system": "", "tool": ""}
     return "\n".join(heads[m["role"]] + m["content"].strip() for m in messages) + "\nAnswer:"

@@ -4,6 +4,8 @@ Conversations: `{"messages"}`, `{"prompt", "completion" | "response"}`, Alpaca's
 ShareGPT's `{"conversations": [{"from", "value"}]}`. Judgements: `{"prompt", "chosen", "rejected"}` (texts, messages, or
 "Human:/Assistant:" transcripts), `{"prompt", "responses", "rank" | "ranking" | "annotations"}`,
 `{"prompt", "response_a", "response_b", "labels"}`. Further columns become `meta`. All raise BadRecord with a reason.
+
+A message may carry `tool_calls`, and an assistant's a `weight` (0 or more; OpenAI's 0 and 1) or `train: false`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 from trivium.data.sources.files import extract_html
 from trivium.data.sources.intake import BadRecord
-from trivium.records import AnnotatorKind, Conversation, Document, Message, Role
+from trivium.records import AnnotatorKind, Conversation, Document, Message, Role, ToolCall, to_tool_calls
 
 Row = Mapping[str, Any]
 
@@ -132,13 +134,40 @@ def _message(item: Any) -> Message:
     if isinstance(content, list):  # OpenAI's parts; only text has a place here
         texts = [p["text"] for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str)]
         content = "".join(texts) if len(texts) == len(content) else None
-    calls = item.get("tool_calls")
-    if calls:  # a call is part of what the assistant says, as JSON
-        spoken = [json.dumps(c.get("function", c), ensure_ascii=False) for c in calls if isinstance(c, Mapping)]
-        content = "\n".join([*([content] if content else []), *spoken])
+    calls = _tool_calls(item, name, content) if role == "assistant" else ()
+    if calls and (content is None or (isinstance(name, str) and name.lower() == "function_call")):
+        content = ""
     if not isinstance(content, str):
         raise BadRecord(f"wrong type: a message's content must be text, not {type(content).__name__}")
-    return Message(role=role, content=content)
+    return Message(role=role, content=content, tool_calls=calls, weight=_weight(item, role))
+
+
+def _tool_calls(item: Mapping[str, Any], name: Any, content: Any) -> tuple[ToolCall, ...]:
+    """Return what an assistant's message calls: OpenAI's `tool_calls`, or ShareGPT's role `function_call`."""
+    try:
+        if item.get("tool_calls"):
+            return to_tool_calls(item["tool_calls"])
+        if isinstance(name, str) and name.lower() == "function_call":
+            return to_tool_calls(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise BadRecord(f"wrong tool call: {error}") from None
+    return ()
+
+
+def _weight(item: Mapping[str, Any], role: Role) -> float:
+    """Return what a message counts for: its `weight`, 0 where `train` (or ShareGPT's `loss`) is false, else 1."""
+    weight = item.get("weight")
+    weight = 1 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise BadRecord(f"wrong weight: {weight!r} is not a number from 0 up")
+    wanted = item.get("train", item.get("loss"))
+    if wanted not in (None, True, False, 0, 1):
+        raise BadRecord(f"wrong type: a message's 'train' must be true or false, not {wanted!r}")
+    if role != "assistant":
+        if wanted or item.get("weight"):
+            raise BadRecord(f"wrong weight: only an assistant's message can be trained, not one of role {role!r}")
+        return 1.0
+    return 0.0 if wanted is not None and not wanted else float(weight)
 
 
 def _prompt_messages(row: Row, key: str) -> list[Message]:
@@ -167,7 +196,7 @@ def _conversation(messages: list[Message], row: Row, *used: str) -> Conversation
 
 
 def _with_assistant(conversation: Conversation) -> Conversation:
-    if not any(m.role == "assistant" and m.content.strip() for m in conversation.messages):
+    if not any(m.role == "assistant" and (m.content.strip() or m.tool_calls) for m in conversation.messages):
         raise BadRecord("no assistant message with any text, so nothing to learn from")
     return conversation
 
@@ -248,8 +277,23 @@ def _without_copies(texts: list[str], groups: list[list[int]]) -> tuple[list[str
 def _meta(row: Row, *used: str) -> dict[str, Any]:
     """Return the columns that no noun has a field for; an object called `meta` is merged in."""
     inner = row.get("meta")
-    rest = {k: v for k, v in row.items() if k not in {*used, "source", "license", "meta"}}
+    rest = {k: v for k, v in row.items() if k not in {*used, "source", "license", "meta", "tools"}}
+    tools = _tools(row.get("tools")) if {"messages", "conversations", "conversation"} & set(used) else row.get("tools")
+    rest |= {"tools": tools} if tools else {}
     return rest | (dict(inner) if isinstance(inner, Mapping) else {})
+
+
+def _tools(value: Any) -> list[Any]:
+    """Return what an assistant may call, as descriptions; some files hold their JSON as text."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError:
+        raise BadRecord("wrong type: 'tools' is a text that is not JSON") from None
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRecord("wrong type: 'tools' must be a list of objects")
+    return value
 
 
 def _string(row: Row, key: str) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from trivium.config import UserError
 from trivium.preferences.store import schema
 from trivium.preferences.store.judgements import Task
-from trivium.records import Completion, Conversation, Message, Ranking
+from trivium.records import Completion, Conversation, Message, Ranking, to_tool_calls
 
 CHUNK = 500
 """Ids per SELECT, well under the databases' limits on bound values."""
@@ -43,7 +43,10 @@ def from_prompt(prompt: Conversation) -> dict[str, Any]:
 
 def to_prompt(row: RowMapping) -> Conversation:
     """Return the prompt of a row."""
-    messages = tuple(Message(role=m["role"], content=m["content"]) for m in row["messages"])
+    messages = tuple(
+        Message(role=m["role"], content=m["content"], tool_calls=to_tool_calls(m.get("tool_calls", ())))
+        for m in row["messages"]
+    )
     return Conversation(messages=messages, source=row["source"], meta=row["meta"])
 
 
