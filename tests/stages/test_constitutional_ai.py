@@ -57,7 +57,7 @@ def test_a_scripted_critic_turns_answers_into_refusals_that_are_trained(
     rows = list(read_jsonl(run.dir / "revisions.jsonl"))
     assert len(rows) == 10
     for row in rows:
-        prompt = stage._prompt(row)
+        prompt = stage.prompt_of(row)
         assert row["critique"] == microworld.critic(prompt, row["responses"][0], row["principle"])
         assert row["revision"] == microworld.reviser(prompt, row["responses"][0], row["critique"])
         assert len(row["responses"]) == 2
@@ -81,7 +81,7 @@ def test_rankings_are_by_principle_and_never_human(make: Make, kind: str) -> Non
     run = make("judged")
     config = dataclasses.replace(CONFIG, judge_kind=kind, fit=dataclasses.replace(CONFIG.fit, steps=1))
     stage.run(config, run)
-    rows = {stage._prompt(row).id: row for row in read_jsonl(run.dir / "revisions.jsonl")}
+    rows = {stage.prompt_of(row).id: row for row in read_jsonl(run.dir / "revisions.jsonl")}
     with Store(run.workspace / "preferences.db") as store:
         rankings = store.rankings(run.id)
         for ranking in rankings:

@@ -17,8 +17,11 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 
 from trivium.config import DiskFull, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by one with every change of a table, together with a migration."""
+
+MIGRATIONS: dict[int, tuple[str, ...]] = {1: ("ALTER TABLE rankings ADD COLUMN soft TEXT",)}
+"""What makes a database of a version one of the next, in SQL that SQLite and PostgreSQL share; no row is rewritten."""
 
 BUSY_S = 30.0
 """How long a writer waits for another process that holds the SQLite lock."""
@@ -96,6 +99,8 @@ rankings = sa.Table(
     sa.Column("order_shown", JsonText, nullable=False),
     sa.Column("idempotency_key", sa.String(200), nullable=False),
     sa.Column("created_at", sa.String(40), nullable=False),
+    # Null in rows from before version 2: rows are never rewritten.
+    sa.Column("soft", JsonText, nullable=True),
     sa.UniqueConstraint("task_id", "annotator", "kind", "revision"),
     sa.UniqueConstraint("task_id", "annotator", "kind", "idempotency_key"),
     sqlite_autoincrement=True,
@@ -180,32 +185,39 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def prepare(engine: Engine, name: str) -> None:
-    """Create the tables in an empty database, or make sure that those found are ours and of this version.
+    """Create the tables in an empty database, bring those of an older version up to this one, or leave them as found.
 
     Raises UserError for a newer or an unknown schema.
     """
     with engine.connect() as connection:
-        if _is_ours(connection, name):
+        if _version(connection, name) == SCHEMA_VERSION:
             return
     with engine.connect().execution_options(trivium_writes=True) as connection, connection.begin():
-        if not _is_ours(connection, name):  # Another process may have been quicker.
+        version = _version(connection, name)  # Another process may have been quicker.
+        if not version:
             metadata.create_all(connection)
             connection.execute(schema_version.insert().values(version=SCHEMA_VERSION))
+        elif version < SCHEMA_VERSION:
+            for older in range(version, SCHEMA_VERSION):
+                for statement in MIGRATIONS[older]:
+                    connection.execute(sa.text(statement))
+            connection.execute(schema_version.update().values(version=SCHEMA_VERSION))
 
 
-def _is_ours(connection: Connection, name: str) -> bool:
+def _version(connection: Connection, name: str) -> int:
+    """Return the version of our tables, 0 where the database is empty."""
     found = set(sa.inspect(connection).get_table_names())
     if schema_version.name not in found:
         if found & set(metadata.tables):
             raise UserError(f"{name} holds tables that Trivium did not make; name another database")
-        return False
-    version = connection.scalar(sa.select(sa.func.max(schema_version.c.version)))
-    if version != SCHEMA_VERSION:
+        return 0
+    version: int | None = connection.scalar(sa.select(sa.func.max(schema_version.c.version)))
+    if version is None or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(
             f"{name} has preference schema {version}, this Trivium knows {SCHEMA_VERSION}; "
             "use the version of Trivium that wrote it, or another database"
         )
-    return True
+    return version
 
 
 def explain(error: BaseException, name: str) -> UserError:

@@ -43,6 +43,7 @@ def submit(
         "order_shown": ranking.order_shown,
         "idempotency_key": key,
         "created_at": rows.now(),
+        "soft": ranking.soft,
     }
     connection.execute(table.insert(), values)
     return True
