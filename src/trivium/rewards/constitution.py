@@ -117,18 +117,22 @@ def revision_prompt(prompt: Conversation, response: str, critique: str, principl
 def with_examples(
     asked: Conversation, examples: Sequence[Example], turns: int, fits: Callable[[Conversation], bool]
 ) -> Conversation:
-    """Return the conversation with as many of the examples before it as fit, each cut to its first `turns` messages.
+    """Return the conversation with those of the examples before it that fit, each cut to its first `turns` messages.
+
+    They are taken in order, and one for which there is no room left is passed over.
 
     `turns` is 4 for a critique, 6 for a revision. A system message stays the first. The principle is not told in the
     examples' words, so they show the form, not what to say (Bai et al. 2022, section 3.1).
     """
     head = tuple(m for m in asked.messages[:1] if m.role == "system")
-    for count in range(len(examples), 0, -1):
-        shown = tuple(message for example in examples[:count] for message in example[:turns])
-        longer = Conversation(messages=(*head, *shown, *asked.messages[len(head) :]), source=asked.source)
+    shown: tuple[Message, ...] = ()
+    found = asked
+    for example in examples:
+        more = (*shown, *example[:turns])
+        longer = Conversation(messages=(*head, *more, *asked.messages[len(head) :]), source=asked.source)
         if fits(longer):
-            return longer
-    return asked
+            shown, found = more, longer
+    return found
 
 
 def choice_prompt(prompt: Conversation, first: str, second: str, comparison: str) -> Conversation:

@@ -39,6 +39,10 @@ class NotAnswered(UserError):
         self.status = status
 
 
+class _Skipped(Exception):
+    """A question that was not asked, because an error had ended the work."""
+
+
 class Endpoint:
     """Asks a server, several questions at a time; `counts` says how many were `asked` and how many `failed`.
 
@@ -168,19 +172,27 @@ class Endpoint:
         """Yield (number, answer) as they come; after an error no more is asked, what was on its way is kept."""
         self._stopped.clear()
         failure: UserError | None = None
+
+        def unless_stopped(number: int, question: Q) -> A | None:
+            # Looked at in the worker: before the error is heard of elsewhere, the next question could be on its way.
+            if self._stopped.is_set():
+                raise _Skipped
+            try:
+                return one(number, question)
+            except UserError:
+                self._stopped.set()
+                raise
+
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         try:
-            futures = {pool.submit(one, number, question): number for number, question in asked.items()}
+            futures = {pool.submit(unless_stopped, number, question): number for number, question in asked.items()}
             for future in as_completed(futures):
-                if future.cancelled():
-                    continue
                 try:
                     answer = future.result()
+                except _Skipped:
+                    continue
                 except UserError as error:
                     failure = failure or error
-                    self._stopped.set()
-                    for waiting in futures:
-                        waiting.cancel()
                     continue
                 self.counts["asked"] += 1
                 self.counts["failed"] += answer is None

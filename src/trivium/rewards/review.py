@@ -155,3 +155,18 @@ def compare(
         Comparison(groups=grouped(len(texts), outcome[n]), soft=tuple(soft[n])) if soft[n] else None
         for n, (_, texts, _) in enumerate(items)
     ]
+
+
+def ranked_by_code(
+    kept: Answers,
+    judge: Callable[..., Sequence[Sequence[int]]],
+    items: Sequence[tuple[Conversation, Sequence[str], Mapping[str, str], Any]],
+) -> list[Comparison | None]:
+    """Return the groups that `judge(prompt, texts, principle, rng)` gives for each item, best first; no soft labels."""
+
+    def ask(missing: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, list[list[int]]]]:
+        for number, item in missing.items():
+            yield number, [[int(place) for place in group] for group in judge(*item)]
+
+    found = kept.complete("ranking", items, lambda item: [item[0].as_dicts(), list(item[1]), dict(item[2])], ask)
+    return [Comparison(groups=groups, soft=()) for groups in found]

@@ -33,7 +33,7 @@ from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, Completion, Conversation, Message, Ranking, read_jsonl, write_jsonl
 from trivium.rewards.constitution import load_constitution
 from trivium.rewards.endpoint import Endpoint
-from trivium.rewards.review import Assistant, Comparison, Review, Reviewer, compare
+from trivium.rewards.review import Assistant, Comparison, Review, Reviewer, compare, ranked_by_code
 from trivium.runs.answers import Answers
 from trivium.runs.manifest import Run
 from trivium.training.distributed import data_ranks, decide, device_of, first_alone, weight_dtype
@@ -205,13 +205,15 @@ def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Trans
 
 
 def as_row(prompt: Conversation, responses: Sequence[str], rounds: Sequence[Review]) -> dict[str, Any]:
-    """Return one line of revisions.jsonl: the last round, and where there are several, all of them in `rounds`."""
-    said = [asdict(found) for found in rounds]
+    """Return one line of revisions.jsonl: the last round that changed the text, and of several all, in `rounds`."""
+    last, text = rounds[-1], responses[0]
+    for found in rounds:
+        if found.revision and found.revision != text:
+            last, text = found, found.revision
     failed = sum(found.revision is None for found in rounds)
-    revision = next((found.revision for found in reversed(rounds) if found.revision), rounds[-1].revision or "")
-    last = said[-1] | {"critique": rounds[-1].critique or "", "revision": revision}
-    more = ({"rounds": said} if len(said) > 1 else {}) | ({"failed": failed} if failed else {})
-    return {"prompt": prompt.as_dicts(), "responses": list(responses), **last, **more}
+    shown = asdict(last) | {"critique": last.critique or "", "revision": last.revision or ""}
+    more = ({"rounds": list(map(asdict, rounds))} if len(rounds) > 1 else {}) | ({"failed": failed} if failed else {})
+    return {"prompt": prompt.as_dicts(), "responses": list(responses), **shown, **more}
 
 
 def asked_model(config: Config, run: Run, role: str) -> Assistant | None:
@@ -237,30 +239,29 @@ def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]
     told = [(prompt_of(row), texts_of(row)) for row in rows]
     open_ = [number for number, (_, texts) in enumerate(told) if len(texts) > 1]
     facts: dict[str, int] = {}
+    kept = Answers(run.dir / ANSWERS)
     if assistant:
         items = [(*told[number], rows[number]["principle"]["comparison"]) for number in open_]
-        placed = compare(Answers(run.dir / ANSWERS), assistant, items, facts)
+        placed = compare(kept, assistant, items, facts)
         facts["unjudged"] = sum(found is None for found in placed)
     else:
-        judge = load_attribute(config.judge)
         draws = [np.random.default_rng([run.seed, 37, number]) for number in open_]
-        ranked = [judge(*told[n], rows[n]["principle"], draw) for n, draw in zip(open_, draws, strict=True)]
-        placed = [Comparison(groups=groups, soft=()) for groups in ranked]
+        asked = [(*told[n], rows[n]["principle"], draw) for n, draw in zip(open_, draws, strict=True)]
+        placed = ranked_by_code(kept, load_attribute(config.judge), asked)
     who = config.judge or config.judge_endpoint or run.manifest.parents["judge_model"].rpartition("/")[2]
     kind: AnnotatorKind = "ai" if assistant or config.judge_kind == "ai" else "simulated"
     with Store(run.workspace / "preferences.db") as store:
         for number, found in zip(open_, placed, strict=True):
             if found:
                 rule = rows[number]["principle"]["id"]
-                submit(store, run, told[number], found, (f"{who[: 99 - len(rule)]}:{rule}", kind))
+                submit(store, run, *told[number], found, (f"{who[: max(1, 99 - len(rule))]}:{rule}"[:100], kind))
     return {"kinds": {kind: sum(found is not None for found in placed)} if any(placed) else {}, "facts": facts}
 
 
 def submit(
-    store: Store, run: Run, told: tuple[Conversation, list[str]], found: Comparison, by: tuple[str, AnnotatorKind]
+    store: Store, run: Run, prompt: Conversation, texts: list[str], found: Comparison, by: tuple[str, AnnotatorKind]
 ) -> None:
     """Store one ranking of a prompt's texts by (annotator, kind)."""
-    prompt, texts = told
     completions = [Completion(prompt_id=prompt.id, text=text, policy=run.id) for text in texts]
     ids = [completion.id for completion in completions]
     ranking = Ranking(
