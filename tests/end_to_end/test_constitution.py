@@ -148,6 +148,7 @@ def artifacts(workspace: Path) -> tuple[list[dict[str, Any]], bytes, str]:
     return list(read_jsonl(folder / "revisions.jsonl")), weights, digest
 
 
+@pytest.mark.timeout(600)
 def test_critiques_revisions_and_judgements_come_from_the_server_and_a_killed_run_asks_only_what_is_missing(
     server: Counting, recipe: Path, tmp_path: Path
 ) -> None:
