@@ -17,6 +17,7 @@ import uvicorn
 
 from trivium.apps.serve import create_app
 from trivium.data import microworld
+from trivium.data.chat import render_prompt
 from trivium.data.tokenizer import train
 from trivium.models.config import ModelConfig
 from trivium.models.hf import save_model
@@ -43,12 +44,6 @@ few_shot = 1
 num_responses = 2
 sampling = {{ max_new_tokens = 8 }}
 fit = {{ steps = 2, batch_size = 4 }}
-
-[reward_model]
-init = "{model}"
-heldout_frac = 0.3
-fit = {{ steps = 2, batch_size = 2 }}
-comparisons = "constitutional_ai@latest"
 """
 
 
@@ -103,8 +98,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         made.model.embed_tokens.weight.mul_(25)  # else all hidden states are nearly one
+        # Where an answer begins, either letter has a logit of about 6 (two thirds of the probability together), give or
+        # take what the question says.
+        begin = made(torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": "Hello!"}])]))[0, -1]
         for letter, sign in (("A", 1.0), ("B", -1.0)):
-            made.lm_head.weight[tokenizer.encode(letter)[0]] = sign * direction
+            row = 1.5 * begin / begin.norm() + sign * 0.3 * direction
+            made.lm_head.weight[tokenizer.encode(letter)[0]] = row
     folder = tmp_path_factory.mktemp("served") / "tiny"
     tokenizer.save(folder)
     save_model(folder, made, eos_token_id=tokenizer.end_id)
@@ -172,8 +171,6 @@ def test_critiques_revisions_and_judgements_come_from_the_server_and_a_killed_ru
     with Store(tmp_path / "whole" / "preferences.db") as store:
         soft = [chance for ranking in store.rankings(manifest.run_id) for _, _, chance in ranking.soft]
     assert len(soft) == len(letters) / 2 and all(0 < chance < 1 for chance in soft) and len(set(soft)) > 5
-    _, reward = latest_runs(tmp_path / "whole")["reward_model"]
-    assert reward.summary["data"]["num_soft"] > 0
 
     total, before = len(asked), 2 * NUM_PROMPTS + len(letters) // 2
     server.asked, server.hold_at = [], before
