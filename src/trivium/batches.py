@@ -65,7 +65,7 @@ class PreferenceBatch:
     row's group, equal = tie. `groups`: int64 [N], which prompt. `ref_logprobs`: float [N] or None, the reference's
     summed log-probability of each completion. `ranking_weights`: float [G] or None, what each group counts for (1).
     `baseline`: float scalar or None, KTO's reference point (losses/kto.py), of the whole batch that this may be
-    a part of.
+    a part of. `targets`: float [P] or None, the probability that the chosen one is the better one (1 for None).
     """
 
     tokens: TokenBatch
@@ -77,6 +77,7 @@ class PreferenceBatch:
     ref_logprobs: Tensor | None = None
     ranking_weights: Tensor | None = None
     baseline: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def num_items(self) -> Tensor:

@@ -148,7 +148,9 @@ class Completion:
 class Ranking:
     """A judgement as it was given: the stored truth, from which every Comparison is derived.
 
-    `groups` holds completion ids, best first; a tie shares a group. `order_shown` is the order on the screen.
+    `groups` holds completion ids, best first; a tie shares a group. `order_shown` is the order on the screen. `soft`
+    holds (first, second, probability that the first is better) of pairs whose judge said how sure it was; `groups` then
+    holds what both orders of asking agreed on.
     """
 
     prompt_id: str
@@ -159,11 +161,14 @@ class Ranking:
     rationale: str = ""
     seconds: float = 0.0
     order_shown: tuple[str, ...] = ()
+    soft: tuple[tuple[str, str, float], ...] = ()
 
     @property
     def id(self) -> str:
         """The hash of who said what about which prompt."""
-        return content_id("ranking", self.prompt_id, self.groups, self.annotator, self.kind, self.none_acceptable)
+        said = (self.prompt_id, self.groups, self.annotator, self.kind, self.none_acceptable)
+        # Only where there are soft labels, so that the ids of all other rankings stay what they were.
+        return content_id("ranking", *said, *((self.soft,) if self.soft else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

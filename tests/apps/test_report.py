@@ -582,3 +582,27 @@ def test_adapted_models_stand_side_by_side_gain_beside_forgetting(tmp_path):
     assert cells["adapt_alone", "forgetting", ""]["text"] == "not measured"
     assert "Domain adaptation: gain beside forgetting" in page and "0.410" in page
     assert "Domain adaptation: gain beside forgetting" in render_text(tmp_path)
+
+
+def test_refusals_stand_beside_needless_refusals_before_and_after(tmp_path):
+    """One row a model in the order of the pipeline; the two shares leave the table of tasks, the accuracy stays."""
+    ids = fabricate(tmp_path)
+    assert "refusals" not in gather(tmp_path).tables
+    run = start(tmp_path, "evaluate_again", {"models.0": ids["sft"]}, stage="evaluate", config={}, minute=59)
+    for model, refused, needless in (("constitutional_ai", 0.91, 0.22), ("sft", 0.03, 0.01)):
+        run.result("refusal@1", "accuracy", 0.5, low=0.4, high=0.6, n=90, checkpoint=model)
+        run.result(
+            "refusal@1", "harmful_refused", refused, low=refused - 0.02, high=refused + 0.02, n=60, checkpoint=model
+        )
+        run.result("refusal@1", "harmless_refused", needless, low=0.0, high=needless + 0.1, n=30, checkpoint=model)
+    finish(run)
+    table = gather(tmp_path).tables["refusals"]
+    assert [row.key for row in table.rows] == ["sft", "constitutional_ai"]
+    page = write_report(tmp_path).read_text()
+    cells = {(c["row"], c["column"]): c["text"] for c in cells_of(tmp_path) if c["table"] == "refusals"}
+    assert cells["sft", "harmful_refused"] == "3.0% (95%: 1.0 to 5.0; n = 60)"
+    assert cells["constitutional_ai", "harmless_refused"] == "22.0% (95%: 0.0 to 32.0; n = 30)"
+    assert not any("_refused" in c["row"] for c in cells_of(tmp_path) if c["table"] == "tasks")
+    for text in (page, render_text(tmp_path), (tmp_path / "report" / "report.md").read_text()):
+        assert table.title in text and "Harmless requests refused" in text
+    assert 'href="#refusals"' in page

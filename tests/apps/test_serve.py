@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from trivium.apps import dashboard
@@ -162,7 +163,10 @@ BAD = [
     GOOD | {"stop": ["x"] * 17},
     GOOD | {"stream": "yes"},
     GOOD | {"tools": [{"type": "function"}]},
-    GOOD | {"logprobs": True},
+    GOOD | {"logprobs": True, "stream": True},
+    GOOD | {"logprobs": 3},
+    GOOD | {"top_logprobs": 3},
+    GOOD | {"logprobs": True, "top_logprobs": 21},
     GOOD | {"response_format": {"type": "json_object"}},
 ]
 
@@ -442,3 +446,31 @@ def test_the_page_is_served_under_a_strict_policy_and_makes_no_markup_of_data(sh
     source = "".join(p.read_text() for p in static.glob("*.js"))
     for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
         assert danger not in source
+
+
+def test_log_probabilities_are_the_models_own_in_openais_shape(app_models, model_folder, serving):
+    """Each token's and the likeliest ones' nats are those of one plain forward pass, whatever the temperature."""
+    prompt, made, text = direct(model_folder, ASK, max_new_tokens=12, temperature=0.0)
+    tokenizer, model = Tokenizer.load(model_folder), load_model(model_folder).eval()
+    ids = [i for i in made.token_ids if i not in tokenizer.stop_ids]
+    with torch.no_grad():
+        nats = torch.log_softmax(model.logits(model(torch.tensor([[*prompt, *ids]])))[0].float(), -1)
+    options = {"model": "tiny", "messages": ASK, "max_tokens": 12, "temperature": 0, "logprobs": True}
+    with serving(create_app(app_models)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        choice = client.chat.completions.create(**options, top_logprobs=4).choices[0]
+        bare = client.chat.completions.create(**options).choices[0]
+        plain = client.chat.completions.create(**options | {"logprobs": False}).choices[0]
+        hot = client.chat.completions.create(**options | {"temperature": 2, "seed": 5, "max_tokens": 1}).choices[0]
+        drawn = tokenizer.pieces(range(tokenizer.vocab_size)).index(hot.logprobs.content[0].token)
+    assert choice.message.content == plain.message.content == text and plain.logprobs is None
+    assert [entry.token for entry in choice.logprobs.content] == tokenizer.pieces(ids)
+    for place, entry in enumerate(choice.logprobs.content):
+        row = nats[len(prompt) - 1 + place]
+        assert entry.logprob == pytest.approx(float(row[ids[place]]), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert bytes(entry.bytes).decode() == entry.token
+    assert all(entry.top_logprobs == [] for entry in bare.logprobs.content)
+    # At temperature 2 the draw is another one, but what is told is the model at temperature 1.
+    assert hot.logprobs.content[0].logprob == pytest.approx(float(nats[len(prompt) - 1, drawn]), abs=1e-4)

@@ -115,3 +115,19 @@ def test_strangers_are_cut_to_the_context_and_come_from_the_donors():
     assert mismatched(held_out, train, 8)[0].completion_ids == [[21, 22], [25]]
     with pytest.raises(UserError, match="two prompts"):
         mismatched(train, train, 8)
+
+
+def test_soft_labels_are_the_pairs_of_their_group():
+    """The likelier one is chosen, whatever the ranks say; a group without labels has the target 1."""
+    soft = PreferenceGroup(
+        prompt_ids=[1],
+        completion_ids=[[2], [3], [4]],
+        ranks=[0, 0, 1],
+        soft=[(0, 1, 0.3), (0, 2, 0.5), (1, 2, 0.9)],
+    )
+    hard = PreferenceGroup(prompt_ids=[1], completion_ids=[[5], [6]], ranks=[1, 0])
+    batch = collate_preferences([soft, hard], pad_id=0, ties=True)
+    assert batch.pairs.tolist() == [[1, 0], [0, 2], [1, 2], [4, 3]]
+    assert batch.targets.tolist() == pytest.approx([0.7, 0.5, 0.9, 1.0])
+    assert batch.weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
+    assert collate_preferences([hard], pad_id=0).targets is None

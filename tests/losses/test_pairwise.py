@@ -150,3 +150,33 @@ def test_centering_by_hand_and_by_its_gradient():
     scores = torch.tensor([2.0, 1.0], requires_grad=True)
     centering(scores[:1], scores[1:]).sum().backward()
     assert scores.grad.tolist() == [6, 6]
+
+
+def test_a_soft_target_is_cross_entropy_with_it():
+    """By hand: a lead of 1 with p = 3/4 costs 0.3133 + 1/4; at p = 1/2 neither side is favoured."""
+    lead, zero = torch.tensor([1.0, 1.0, -1.0]), torch.zeros(3)
+    target = torch.tensor([0.75, 0.5, 0.5])
+    assert bradley_terry(lead, zero, 0.0, target).tolist() == pytest.approx([0.5633, 0.8133, 0.8133], abs=5e-5)
+    generator = torch.Generator().manual_seed(4)
+    chosen, rejected, p = (
+        torch.randn(9, generator=generator),
+        torch.randn(9, generator=generator),
+        torch.rand(9, generator=generator),
+    )
+    reference = torch.nn.functional.binary_cross_entropy_with_logits(chosen - rejected, p, reduction="none")
+    assert torch.allclose(bradley_terry(chosen, rejected, 0.0, p), reference, atol=1e-6)
+
+
+def test_a_target_of_one_is_the_hard_loss_to_the_bit():
+    generator = torch.Generator().manual_seed(5)
+    chosen, rejected = (30 * torch.randn(2, 200, generator=generator)).unbind()
+    for margin in (0.0, 0.7):
+        hard = bradley_terry(chosen, rejected, margin)
+        assert torch.equal(bradley_terry(chosen, rejected, margin, torch.ones(200)), hard)
+
+
+def test_a_soft_target_is_met_at_its_log_odds():
+    p = torch.tensor([0.6, 0.75, 0.99])
+    lead = torch.log(p / (1 - p)).requires_grad_()
+    bradley_terry(lead, torch.zeros(3), 0.0, p).sum().backward()
+    assert lead.grad.abs().max() < 1e-6

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from trivium.config import DiskFull, UserError
 from trivium.preferences.demonstrations import demonstrations_of, digest_of, is_database
-from trivium.preferences.store import AlreadyJudged, Refused, Store, UnknownTask, schema
+from trivium.preferences.store import AlreadyJudged, Refused, Store, UnknownTask, schema, versions
 from trivium.records import Completion, Conversation, Demonstration, Message, Ranking, ToolCall
 
 NASTY = "<script>alert(1)</script> \x00 \ud800 \u202e 😀"
@@ -309,3 +309,70 @@ def test_errors_of_the_machine_are_explained():
     assert isinstance(schema.explain(full, "p.db"), DiskFull)
     locked = sa.exc.OperationalError("x", {}, sqlite3.OperationalError("database is locked"))
     assert "locked by another process" in str(schema.explain(locked, "p.db"))
+
+
+def soft_of(task, *labels):
+    return tuple((task.completion_ids[i], task.completion_ids[j], chance) for i, j, chance in labels)
+
+
+def test_soft_labels_come_back_are_exported_and_are_part_of_what_was_said(store, tmp_path):
+    (task,) = store.add_tasks("c", [ask("p", "abc")])
+    judged = rank(task, ((0, 1), 2), kind="ai", soft=soft_of(task, (0, 1, 0.55), (0, 2, 0.9)))
+    assert store.submit(judged, "c") and store.rankings("c") == [judged]
+    store.export_jsonl(tmp_path / "out.jsonl", "c")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["soft"] == [[0, 1, 0.55], [0, 2, 0.9]]
+    plain = rank(task, ((0, 1), 2), kind="ai")
+    assert plain.id != judged.id
+    with pytest.raises(AlreadyJudged):
+        store.submit(plain, "c")
+    before = store.digest("c")
+    store.submit(rank(task, ((0, 1), 2), kind="ai", soft=soft_of(task, (0, 1, 0.55))), "c", revise=True)
+    assert store.digest("c") != before
+
+
+@pytest.mark.parametrize(
+    "labels", [[(0, 1, 1.1)], [(0, 1, -0.1)], [(0, 1, float("nan"))], [(0, 0, 0.5)], [(0, 1, 0.5), (1, 0, 0.5)]]
+)
+def test_what_is_no_soft_label_is_refused(tmp_path, labels):
+    with Store(tmp_path / "p.db") as store:
+        (task,) = store.add_tasks("c", [ask("p", "abc")])
+        with pytest.raises(Refused, match="soft label"):
+            store.submit(rank(task, (0, 1, 2), soft=soft_of(task, *labels)), "c")
+        with pytest.raises(Refused, match="soft label"):
+            store.submit(rank(task, (0, 1, 2), soft=((task.completion_ids[0], "stranger", 0.5),)), "c")
+        assert store.rankings("c") == []
+
+
+def test_ids_and_digests_of_rankings_without_soft_labels_are_what_they_always_were(tmp_path):
+    """Taken from version 1: run fingerprints and idempotency keys of old workspaces depend on them."""
+    with Store(tmp_path / "p.db") as store:
+        (task,) = store.add_tasks("c", [ask("p", "ab")])
+        judged = rank(task, (1, 0))
+        store.submit(judged, "c")
+        assert judged.id == "9f39e5d7db325f8800d8"
+        assert store.digest("c") == "726a7a8db65fd726b2134dcaad93072fd70d197ff20c946a2788797b84f704bf"
+
+
+def test_a_database_of_version_1_is_opened_kept_and_written(store):
+    """Its rankings stay to the letter, append-only as before, and soft labels can be added to it."""
+    tasks = store.add_tasks("c", [ask("p", "abc"), ask("q", "abc")])
+    with store._engine.begin() as connection:
+        columns = [c.name for c in schema.rankings.columns if c.name not in ("soft", "adjudicates", "sequence")]
+        old = rank(tasks[0], (2, 0, 1))
+    store.submit(old, "c")
+    location = store._engine.url.render_as_string(hide_password=False)
+    versions.downgrade(location, 1)
+    query = sa.text(f"SELECT {', '.join(columns)} FROM rankings")
+    with store._engine.begin() as connection:
+        rows = connection.execute(query).all()
+    with Store(location) as again:
+        assert again.rankings("c") == [old]
+        new = rank(tasks[1], (0, 1, 2), kind="ai", soft=soft_of(tasks[1], (0, 1, 0.7)))
+        again.submit(new, "c")
+        assert again.rankings("c", ["ai"]) == [new]
+        with again._engine.begin() as connection:
+            assert connection.execute(query).all()[:1] == rows
+            assert connection.scalar(sa.text("SELECT version FROM trivium_schema")) == 2
+        if again._engine.dialect.name == "sqlite":
+            with pytest.raises(sa.exc.IntegrityError, match="append-only"), again.writing() as connection:
+                connection.execute(sa.text("UPDATE rankings SET soft = '[]'"))

@@ -7,10 +7,13 @@ from trivium.records import Conversation, Message
 from trivium.rewards.constitution import (
     DEFAULT_COMPARISON,
     Principle,
+    choice_prompt,
     comparison_prompt,
     critique_prompt,
+    load_constitution,
     load_principles,
     revision_prompt,
+    with_examples,
 )
 
 RULE = Principle(id="kind", critic="Is it unkind?", revision="Make it kind.")
@@ -73,3 +76,35 @@ def test_a_comparison_shows_both_and_asks_for_one_letter():
     text = comparison_prompt(PROMPT, "first one", "second one", "Which is kinder?").messages[-1].content
     assert text.index("Tell me a joke.") < text.index("first one") < text.index("second one") < text.index("kinder")
     assert all(mark in text for mark in ("[[A]]", "[[B]]", "[[C]]"))
+
+
+CHAT = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, "qacCrR", strict=True)]
+
+
+def test_example_chats_come_with_the_principles(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"principles": ROWS, "few_shot_chats": [CHAT]}))
+    principles, (example,) = load_constitution("c.json", base=tmp_path)
+    assert [p.id for p in principles] == ["a", "b"] and [m.content for m in example] == list("qacCrR")
+    for chat in (CHAT[:4], CHAT[1:] + CHAT[:1], "text", [*CHAT[:5], {"role": "assistant"}]):
+        (tmp_path / "bad.json").write_text(json.dumps({"principles": ROWS, "few_shot_chats": [chat]}))
+        with pytest.raises(UserError, match="few-shot chat 0 must have six turns"):
+            load_constitution("bad.json", base=tmp_path)
+
+
+def test_examples_stand_after_the_system_message():
+    example = tuple(Message(role=m["role"], content=m["content"]) for m in CHAT)
+    head = Message(role="system", content="Be kind.")
+    asked = Conversation(messages=(head, *PROMPT.messages))
+    shown = with_examples(asked, [example], 4, lambda _: True).messages
+    assert [m.content for m in shown] == ["Be kind.", "q", "a", "c", "C", "Tell me a joke."]
+    assert with_examples(asked, [example], 4, lambda _: False) == asked
+    # One that is too long is passed over, a later one that fits is taken.
+    long = (Message(role="user", content="x" * 99), *example[1:])
+    shown = with_examples(asked, [long, example], 4, lambda c: sum(len(m.content) for m in c.messages) < 60).messages
+    assert [m.content for m in shown] == ["Be kind.", "q", "a", "c", "C", "Tell me a joke."]
+
+
+def test_a_choice_asks_the_same_for_a_letter():
+    text = choice_prompt(PROMPT, "first one", "second one", "Which is kinder?").messages[-1].content
+    assert text.index("first one") < text.index("second one") < text.index("kinder") < text.index("A or B")
+    assert "[[" not in text

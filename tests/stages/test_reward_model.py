@@ -534,3 +534,66 @@ def test_foreseeable_mistakes_are_one_sentence(make: Make) -> None:
         reward_model.Config(loss="plackett_luce", margin=0.5)
     with pytest.raises(ConfigError, match="ensemble"):
         reward_model.Config(pessimism=1.0)
+
+
+def soften(run: Run, tokenizer: Tokenizer, chance: float, collection: str) -> None:
+    """Store, beside the rankings of 40 prompts, how sure their judge was of every better one: `chance`."""
+    with Store(run.workspace / "preferences.db") as store:
+        for prompt, completions, ranks in judged(tokenizer):
+            ids = [c.id for c in completions]
+            pairs = itertools.combinations(range(len(ids)), 2)
+            soft = tuple((ids[i], ids[j], chance if ranks[i] < ranks[j] else 1 - chance) for i, j in pairs)
+            groups = tuple((ids[ranks.index(place)],) for place in sorted(ranks))
+            store.add_tasks(collection, [(prompt, completions)])
+            said = Ranking(prompt_id=prompt.id, groups=groups, annotator="model", kind="ai", soft=soft)
+            store.submit(said, collection)
+
+
+def test_soft_labels_are_trained_on_and_the_held_out_side_stays_an_order(
+    make: Make, folders: Folders, tiny_tokenizer: Tokenizer
+) -> None:
+    """The objective is the cross-entropy with the probabilities, each ranking counting once."""
+    run = make("soft")
+    soften(run, tiny_tokenizer, 0.7, "soft-0")
+    with Store(run.workspace / "preferences.db") as store:
+        options = {"kinds": (), "heldout_frac": 0.25, "context": 512, "seed": 0}
+        found = load_judgements(store, "soft-0", tiny_tokenizer, soft=True, **options)
+        hard = load_judgements(store, "soft-0", tiny_tokenizer, **options)
+    assert all(len(group.soft) == 6 for group in found.train) and not any(group.soft for group in found.heldout)
+    assert [dataclasses.replace(group, soft=()) for group in found.train] == list(hard.train)
+    batch = collate_preferences(found.train[:3], tiny_tokenizer.pad_id)
+    model = ScalarModel.from_transformer(load_model(folders.policy), seed=1)
+    with torch.no_grad():
+        scores = reward_model.scores_of(model, batch)
+        lead = scores[batch.pairs[:, 0]] - scores[batch.pairs[:, 1]]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(lead, torch.full_like(lead, 0.7), reduction="none")
+        total = reward_model.objective(model, "bradley_terry", batch).total
+    assert float(total) == pytest.approx(float(loss.sum() / 6), rel=1e-5)
+    assert float(batch.num_items) == pytest.approx(3)
+
+
+def test_a_judge_who_is_less_sure_teaches_smaller_leads(
+    make: Make, folders: Folders, tiny_tokenizer: Tokenizer
+) -> None:
+    """The same orders at 95% and at 60%: both are learned, and the leads follow the log-odds 2.94 and 0.41."""
+    leads = {}
+    for chance in (0.95, 0.6):
+        run = make(f"sure{chance}")
+        run.manifest = dataclasses.replace(
+            run.manifest, parents=run.manifest.parents | {"comparisons": f"soft-{chance}"}
+        )
+        soften(run, tiny_tokenizer, chance, f"soft-{chance}")
+        reward_model.run(CONFIG, run)
+        facts = run.finish("done")
+        assert facts.summary["data"]["num_soft"] == 6 * 30
+        (accuracy,) = (r.value for r in facts.results if r.task == "pairwise_accuracy@1")
+        assert accuracy > 0.8
+        with Store(run.workspace / "preferences.db") as store:
+            heldout = load_judgements(
+                store, f"soft-{chance}", tiny_tokenizer, kinds=(), heldout_frac=0.25, context=512, seed=0
+            ).heldout
+        model = load_scalar_model(run.dir / "model")
+        scores = reward_model.flat_scores(model, heldout, tiny_tokenizer.pad_id)
+        found = scored_pairs(heldout, scores.tolist()).leads
+        leads[chance] = sum(found) / len(found)
+    assert 0.2 < leads[0.6] < 0.9 < leads[0.95]

@@ -67,7 +67,8 @@ class PreferenceGroup:
 
     `ranks[k]` places completion k, smaller is better and equal is a tie; any integers will do. `ref_logprobs[k]` is the
     reference's summed log-probability of completion k in nats, where known. `weight` is what the ranking counts for,
-    `prompt_id` the prompt's identity even where `prompt_ids` were cut.
+    `prompt_id` the prompt's identity even where `prompt_ids` were cut. `soft` holds (i, j, probability that i is the
+    better completion); where there are some, they are the group's pairs, and the ranks make none.
     """
 
     prompt_ids: Sequence[int]
@@ -76,6 +77,7 @@ class PreferenceGroup:
     ref_logprobs: Sequence[float] | None = None
     weight: float = 1.0
     prompt_id: str = ""
+    soft: Sequence[tuple[int, int, float]] = ()
 
 
 def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties: bool = False) -> PreferenceBatch:
@@ -83,7 +85,8 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties:
 
     The pairs of a ranking share its weight, by default 1: with ranks (0, 1, 1) there are two strict pairs of weight 1/2
     and no pair for the tie. A prompt whose completions all tie has rows but no pairs. With `ties` a tied pair is there
-    as half a win each way: the same ranks give three pairs of 1/3, the tied one as two of 1/6. Reference
+    as half a win each way: the same ranks give three pairs of 1/3, the tied one as two of 1/6. A group with soft labels
+    has them as its pairs, the likelier one as chosen, with its probability among `targets`. Reference
     log-probabilities are given for all groups or taken as absent. Raises ValueError when a group's lists differ in
     length.
     """
@@ -92,6 +95,7 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties:
     owners: list[int] = []
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
+    targets: list[float] = []
     for owner, group in enumerate(groups):
         if len(group.completion_ids) != len(group.ranks) or len(group.ref_logprobs or group.ranks) != len(group.ranks):
             raise ValueError(f"group {owner}: completions, ranks and ref_logprobs differ in length")
@@ -104,9 +108,14 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties:
             owners.append(owner)
         strict = [(a, b) for a, b in itertools.permutations(range(first, len(rows)), 2) if ranks[a] < ranks[b]]
         tied = [(a, b) for a, b in itertools.permutations(range(first, len(rows)), 2) if ties and ranks[a] == ranks[b]]
+        chances = [1.0] * (len(strict) + len(tied))
+        if group.soft:
+            strict = [(first + i, first + j) if p >= 0.5 else (first + j, first + i) for i, j, p in group.soft]
+            tied, chances = [], [max(p, 1.0 - p) for _, _, p in group.soft]
         share = group.weight / max(len(strict) + len(tied) / 2, 1)
         pairs += strict + tied
         weights += [share] * len(strict) + [share / 2] * len(tied)
+        targets += chances
     known = all(group.ref_logprobs is not None for group in groups)
     reference = [value for group in groups for value in group.ref_logprobs or ()] if known else None
     return PreferenceBatch(
@@ -118,6 +127,7 @@ def collate_preferences(groups: Sequence[PreferenceGroup], pad_id: int, *, ties:
         groups=torch.tensor(owners),
         ref_logprobs=None if reference is None else torch.tensor(reference, dtype=torch.float32),
         ranking_weights=torch.tensor([group.weight for group in groups], dtype=torch.float32),
+        targets=torch.tensor(targets, dtype=torch.float32) if any(group.soft for group in groups) else None,
     )
 
 

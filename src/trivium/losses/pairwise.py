@@ -7,16 +7,24 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0, target: Tensor | None = None
+) -> Tensor:
     """Return `-log sigmoid(chosen - rejected - margin)` of each pair, fp32 [P].
 
     `chosen`, `rejected`: scores [P]. The negative log-likelihood that the chosen one wins (Bradley and Terry 1952;
     InstructGPT eq. 1). A positive `margin` (Llama 2, eq. 2; a number or [P]) asks for a lead of that many nats.
     Scores are free up to a constant per prompt.
 
-    Worked: leads 0, 1, 2 give 0.6931, 0.3133, 0.1269.
+    `target` [P], where given, is the probability p that the chosen one is the better one, and the loss is the
+    cross-entropy `-p log sigmoid(lead) - (1 - p) log sigmoid(-lead)` with it (Bai et al. 2022, Constitutional AI,
+    section 4.1): least at a lead of log(p / (1 - p)), and equal to the above at p = 1, bit for bit.
+
+    Worked: leads 0, 1, 2 give 0.6931, 0.3133, 0.1269; a lead of 1 with p = 3/4 gives 0.3133 + 1/4 = 0.5633.
     """
-    return softplus(margin - (chosen.float() - rejected.float()))
+    behind = margin - (chosen.float() - rejected.float())
+    loss = softplus(behind)
+    return loss if target is None else loss - (1.0 - target) * behind
 
 
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:

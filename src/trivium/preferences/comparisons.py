@@ -66,13 +66,17 @@ def majority(rankings: Sequence[Ranking], *, annotator: str = "majority") -> lis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedGroup:
-    """One annotator's ranking as training wants it: ids and, parallel to them, ranks (0 is best, ties share one)."""
+    """One annotator's ranking as training wants it: ids and, parallel to them, ranks (0 is best, ties share one).
+
+    `soft` holds (i, j, probability that completion i is better than j), i and j as places in `completion_ids`.
+    """
 
     prompt_id: str
     completion_ids: tuple[str, ...]
     ranks: tuple[int, ...]
     annotator: str
     kind: str
+    soft: tuple[tuple[int, int, float], ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -80,20 +84,22 @@ class RankedGroup:
         return sum(a != b for a, b in itertools.combinations(self.ranks, 2))
 
 
-def ranked_groups(rankings: Iterable[Ranking], *, ties: bool = False) -> list[RankedGroup]:
+def ranked_groups(rankings: Iterable[Ranking], *, ties: bool = False, soft: bool = False) -> list[RankedGroup]:
     """Return one group per ranking that decides at least one pair, in the order given.
 
     With `ties` also those that are one single tie, which says that all are equally good (unless none was acceptable:
-    then nobody compared them).
+    then nobody compared them). With `soft` the groups carry the soft labels, and those are kept that have nothing else.
     All pairs of a ranking stay together: shuffled apart, they overfit within one epoch (InstructGPT 3.5).
     """
     groups = []
     for ranking in rankings:
         tie = ties and not ranking.none_acceptable and len(ranking.groups) == 1 and len(ranking.groups[0]) > 1
-        if len(ranking.groups) < 2 and not tie:
+        labels = ranking.soft if soft else ()
+        if len(ranking.groups) < 2 and not tie and not labels:
             continue
         # A tie stays in the order it was given in: sorted by id, sums would round by the name of the policy's run.
         placed = [(name, rank) for rank, group in enumerate(ranking.groups) for name in group]
+        place = {name: number for number, (name, _) in enumerate(placed)}
         groups.append(
             RankedGroup(
                 prompt_id=ranking.prompt_id,
@@ -101,6 +107,7 @@ def ranked_groups(rankings: Iterable[Ranking], *, ties: bool = False) -> list[Ra
                 ranks=tuple(rank for _, rank in placed),
                 annotator=ranking.annotator,
                 kind=ranking.kind,
+                soft=tuple((place[first], place[second], chance) for first, second, chance in labels),
             )
         )
     return groups

@@ -1,8 +1,8 @@
 """Constitutional AI: written principles take the place of people, first as critics, then as judges.
 
-Reads   a chat model, red-team prompts, principles; a critic (the model itself, or code)
+Reads   a chat model, red-team prompts, principles; a critic and a judge (the model itself, another, a server, or code)
 Writes  revisions.jsonl (prompt, response, critique, revision, principle); rankings by principle into preferences.db,
-        under this run's id as collection; model/: the chat model tuned on the revisions
+        under this run's id as collection, with soft labels where a model judged; model/: tuned on the revisions
 Paper   Bai et al. 2022, arXiv 2212.08073, sections 3.1 (critique, revise, fine-tune) and 4.1 (AI preferences)
 Watch   the refusal test before and after, both halves: harmful requests refused, harmless look-alikes answered
 
@@ -13,15 +13,15 @@ uses a scripted critic, and what that ranks is stored as `simulated`, not as `ai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from trivium.batches import LossOutput, TokenBatch, to_device
-from trivium.config import CodeRef, InputPath, Ref, UserError, bounds, load_attribute, one_of
-from trivium.data.chat import Rendered, render, render_prompt
+from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, UserError, bounds, load_attribute, one_of
+from trivium.data.chat import Rendered, render
 from trivium.data.collate import pad_rows
 from trivium.data.loader import RowLoader
 from trivium.data.sources import load_conversations
@@ -31,12 +31,19 @@ from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
 from trivium.records import AnnotatorKind, Completion, Conversation, Message, Ranking, read_jsonl, write_jsonl
-from trivium.rewards.constitution import Principle, critique_prompt, load_principles, revision_prompt
+from trivium.rewards.constitution import load_constitution
+from trivium.rewards.endpoint import Endpoint
+from trivium.rewards.review import Assistant, Comparison, Review, Reviewer, compare, ranked_by_code
+from trivium.runs.answers import Answers
 from trivium.runs.manifest import Run
 from trivium.training.distributed import data_ranks, decide, device_of, first_alone, weight_dtype
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
-from trivium.training.rollout import PromptSet, SampleConfig, chunks, room_for_prompt, sample
+from trivium.training.questions import LocalModel
+from trivium.training.rollout import PromptSet, SampleConfig, chunks, room_for_prompt
+
+ANSWERS = "checkpoints/answers.jsonl"
+"""Where in a run's folder answers are kept as they come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +62,22 @@ class Config:
     """`self`, or `module:attribute` of (prompt, response, principle) -> critique."""
     reviser: CodeRef = "self"
     """`self`, or `module:attribute` of (prompt, response, critique) -> revision."""
+    critic_model: Dial[Ref] = ""
+    """Another chat model that does what is `self`; empty: the policy."""
+    critic_endpoint: Dial[str] = ""
+    """A model behind OPENAI_BASE_URL that does what is `self`, by its name there; empty: the policy."""
+    num_revisions: int = 1
+    """Rounds of critique and revision, each by a principle of its own."""
+    few_shot: Dial[int] = 0
+    """Example chats of the principles' file that a model is shown first, as many as fit; 0 means none."""
     judge: CodeRef = ""
-    """`module:attribute` of (prompt, texts, principle, rng) -> groups, best first; empty: no rankings."""
+    """`module:attribute` of (prompt, texts, principle, rng) -> groups, best first; empty: no rankings by code."""
+    judge_model: Dial[Ref] = ""
+    """A chat model whose probabilities rank (the policy's own name for `self`); empty: none."""
+    judge_endpoint: Dial[str] = ""
+    """A model behind OPENAI_BASE_URL that ranks, by its name there; empty: none."""
     judge_kind: str = "simulated"
-    """What the judge's rankings are stored as: `ai` for a model, `simulated` for a script."""
+    """What the rankings of `judge` are stored as: `ai` for a model, `simulated` for a script. Other judges are `ai`."""
     num_responses: int = 3
     """Responses per prompt that the judge ranks; the first is the one revised."""
     replay: tuple[InputPath, ...] = ()
@@ -75,7 +94,13 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse a kind that would pass a script off as a person."""
         one_of(self, judge_kind=("ai", "simulated"))
-        bounds(self, num_responses=(1, 8), context=(8, None))
+        bounds(self, num_responses=(1, 8), context=(8, None), num_revisions=(1, 16), few_shot=(0, 16))
+        for names in (("critic_model", "critic_endpoint"), ("judge", "judge_model", "judge_endpoint")):
+            given = [name for name in names if getattr(self, name)]
+            if len(given) > 1:
+                raise ConfigError(f"{' and '.join(given)} are both set; one of them does the work, so leave one")
+        if (self.critic_model or self.critic_endpoint) and "self" not in (self.critic, self.reviser):
+            raise ConfigError("critic and reviser are code, so the critic_model or critic_endpoint would not be asked")
 
 
 def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
@@ -91,15 +116,15 @@ def run(config: Config, run: Run) -> None:
     model = load_model(folder, device=device_of(run.settings), dtype=weight_dtype(run.settings))
     first_alone(lambda: write_revisions(config, run, tokenizer, model))
     rows = list(read_jsonl(run.home / "revisions.jsonl"))
-    num_ranked = decide(lambda: rank_by_principle(config, run, rows))
+    judged = decide(lambda: rank_by_principle(config, run, rows))
     revised = [row for row in rows if row["revision"].strip() and row["revision"] != row["responses"][0]]
     train = training_rows(config, run, tokenizer, revised)
-    if not train:
+    if not train and config.fit.steps:
         raise UserError(
             f"{run.manifest.table}: {len(revised)} of {len(rows)} responses were revised and none of them, nor any "
             f"replay, fits context = {config.context}, so there is nothing to learn; give more prompts or replay"
         )
-    loader = RowLoader(len(train), config.fit.batch_size, run.seed, lengths=[len(r.input_ids) for r in train])
+    loader = RowLoader(max(len(train), 1), config.fit.batch_size, run.seed, lengths=[len(r.input_ids) for r in train])
     device = device_of(run.settings)
     rank, size = data_ranks()
 
@@ -132,7 +157,9 @@ def run(config: Config, run: Run) -> None:
             critic=config.critic,
             num_prompts=len(rows),
             num_revised=len(revised),
-            kinds={config.judge_kind: num_ranked} if num_ranked else {},
+            kinds=judged["kinds"],
+            failed=sum(row.get("failed", 0) for row in rows),
+            judged=judged["facts"],
             data={
                 "name": ", ".join(config.prompts),
                 "num_prompts": len(rows),
@@ -144,97 +171,123 @@ def run(config: Config, run: Run) -> None:
         save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
-def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer) -> list[dict[str, Any]]:
-    """Return prompt, responses, principle, critique and revision of every prompt; a resumed run reads its file."""
+def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer) -> None:
+    """Write each prompt with its responses and what became of the first of them; what is answered is not asked again.
+
+    A round that fails on a text leaves it as the last one that did not. Raises UserError where nothing is answered.
+    """
     path = run.dir / "revisions.jsonl"
     if path.exists():
-        return list(read_jsonl(path))
-    principles = load_principles(config.principles, base=run.base)
+        return
+    principles, examples = load_constitution(config.principles, base=run.base)
     longest = room_for_prompt(model, config.sampling)
     prompts = PromptSet(run, tokenizer, config.prompts, config.options, longest=longest).prompts
-    write = Writer(run, tokenizer, model, config.sampling)
+    kept = Answers(run.dir / ANSWERS)
+    policy = LocalModel(run, tokenizer, model, config.sampling)
     repeated = [prompt for prompt in prompts for _ in range(config.num_responses)]
-    flat = write(repeated, 0)
+    flat = kept.complete("response", repeated, Conversation.as_dicts, partial(policy.write, purpose=0))
     responses = [flat[i : i + config.num_responses] for i in range(0, len(flat), config.num_responses)]
-    chosen = np.random.default_rng([run.seed, 31]).integers(len(principles), size=len(prompts))
-    rules = [principles[i] for i in chosen]
-    first = [texts[0] for texts in responses]
-    if config.critic == "self":
-        asked = [critique_prompt(p, r, rule) for p, r, rule in zip(prompts, first, rules, strict=True)]
-        critiques = write(asked, 1)
+    reviewer = Reviewer(
+        kept=kept,
+        assistant=asked_model(config, run, "critic") or policy,
+        examples=examples[: config.few_shot],
+        critic=None if config.critic == "self" else load_attribute(config.critic),
+        reviser=None if config.reviser == "self" else load_attribute(config.reviser),
+    )
+    texts = [several[0] for several in responses]
+    rounds: list[list[Review]] = []
+    for number in range(config.num_revisions):
+        chosen = np.random.default_rng([run.seed, 31, *([number] if number else [])])
+        rules = [principles[i] for i in chosen.integers(len(principles), size=len(prompts))]
+        rounds.append(reviewer.review(prompts, texts, rules, number))
+        texts = [found.revision or text for found, text in zip(rounds[-1], texts, strict=True)]
+    write_jsonl(path, map(as_row, prompts, responses, zip(*rounds, strict=True)))
+
+
+def as_row(prompt: Conversation, responses: Sequence[str], rounds: Sequence[Review]) -> dict[str, Any]:
+    """Return one line of revisions.jsonl: the last round that changed the text, and of several all, in `rounds`."""
+    last, text = rounds[-1], responses[0]
+    for found in rounds:
+        if found.revision and found.revision != text:
+            last, text = found, found.revision
+    failed = sum(found.revision is None for found in rounds)
+    shown = asdict(last) | {"critique": last.critique or "", "revision": last.revision or ""}
+    more = ({"rounds": list(map(asdict, rounds))} if len(rounds) > 1 else {}) | ({"failed": failed} if failed else {})
+    return {"prompt": prompt.as_dicts(), "responses": list(responses), **shown, **more}
+
+
+def asked_model(config: Config, run: Run, role: str) -> Assistant | None:
+    """Return the model that the Config names as "critic" or "judge", loaded, or behind its server; None for neither."""
+    name = getattr(config, f"{role}_endpoint")
+    if name:
+        sampling = config.sampling
+        return Endpoint(name, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=run.seed)
+    if not getattr(config, f"{role}_model"):
+        return None
+    folder = run.model(f"{role}_model")
+    return LocalModel(run, Tokenizer.load(folder), load_model(folder, device=device_of(run.settings)), config.sampling)
+
+
+def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Store the judge's ranking of each prompt's responses and its revision, by its principle.
+
+    Returns `kinds` (how many of which kind) and `facts` (what a model that judges was asked, and failed to answer).
+    """
+    assistant = asked_model(config, run, "judge")
+    if not config.judge and assistant is None:
+        return {"kinds": {}, "facts": {}}
+    told = [(prompt_of(row), texts_of(row)) for row in rows]
+    open_ = [number for number, (_, texts) in enumerate(told) if len(texts) > 1]
+    facts: dict[str, int] = {}
+    kept = Answers(run.dir / ANSWERS)
+    if assistant:
+        items = [(*told[number], rows[number]["principle"]["comparison"]) for number in open_]
+        placed = compare(kept, assistant, items, facts)
+        facts["unjudged"] = sum(found is None for found in placed)
     else:
-        critic = load_attribute(config.critic)
-        critiques = [critic(p, r, _plain(rule)) for p, r, rule in zip(prompts, first, rules, strict=True)]
-    if config.reviser == "self":
-        parts = zip(prompts, first, critiques, rules, strict=True)
-        revisions = write([revision_prompt(p, r, c, rule) for p, r, c, rule in parts], 2)
-    else:
-        reviser = load_attribute(config.reviser)
-        revisions = [reviser(p, r, c) for p, r, c in zip(prompts, first, critiques, strict=True)]
-    rows = [
-        {"prompt": p.as_dicts(), "responses": t, "principle": _plain(rule), "critique": c, "revision": v}
-        for p, t, rule, c, v in zip(prompts, responses, rules, critiques, revisions, strict=True)
-    ]
-    write_jsonl(path, rows)
-    return rows
+        draws = [np.random.default_rng([run.seed, 37, number]) for number in open_]
+        asked = [(*told[n], rows[n]["principle"], draw) for n, draw in zip(open_, draws, strict=True)]
+        placed = ranked_by_code(kept, load_attribute(config.judge), asked)
+    who = config.judge or config.judge_endpoint or run.manifest.parents["judge_model"].rpartition("/")[2]
+    kind: AnnotatorKind = "ai" if assistant or config.judge_kind == "ai" else "simulated"
+    with Store(run.workspace / "preferences.db") as store:
+        for number, found in zip(open_, placed, strict=True):
+            if found:
+                rule = rows[number]["principle"]["id"]
+                submit(store, run, *told[number], found, (f"{who[: max(1, 99 - len(rule))]}:{rule}"[:100], kind))
+    return {"kinds": {kind: sum(found is not None for found in placed)} if any(placed) else {}, "facts": facts}
 
 
-class Writer:
-    """Samples one text for each conversation from the policy."""
-
-    def __init__(self, run: Run, tokenizer: Tokenizer, model: Transformer, sampling: SampleConfig) -> None:
-        """Remember with what to write."""
-        self.run, self.tokenizer, self.model, self.sampling = run, tokenizer, model, sampling
-
-    def __call__(self, conversations: Sequence[Conversation], purpose: int) -> list[str]:
-        """Return one sampled response to each conversation; `purpose` keeps the random numbers of the steps apart."""
-        encoded = [render_prompt(self.tokenizer, conversation) for conversation in conversations]
-        stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
-        seed = self.run.seed * 101 + purpose
-        with self.run.progress(("responses", "critiques", "revisions")[purpose], len(encoded)) as advance:
-            generated = sample(self.model, encoded, self.sampling, stop_ids=stop, seed=seed, on_done=advance)
-        tokens = sum(len(ids) + len(g.token_ids) for ids, g in zip(encoded, generated, strict=True))
-        self.run.spend(tokens=tokens, flops=self.model.config.flops_per_token(128) * tokens)
-        return [self.tokenizer.decode(g.token_ids) for g in generated]
+def submit(
+    store: Store, run: Run, prompt: Conversation, texts: list[str], found: Comparison, by: tuple[str, AnnotatorKind]
+) -> None:
+    """Store one ranking of a prompt's texts by (annotator, kind)."""
+    completions = [Completion(prompt_id=prompt.id, text=text, policy=run.id) for text in texts]
+    ids = [completion.id for completion in completions]
+    ranking = Ranking(
+        prompt_id=prompt.id,
+        groups=tuple(tuple(ids[i] for i in group) for group in found.groups),
+        annotator=by[0],
+        kind=by[1],
+        soft=tuple((ids[i], ids[j], round(chance, 6)) for i, j, chance in found.soft),
+    )
+    store.add_tasks(run.id, [(prompt, completions)])
+    store.submit(ranking, run.id, idempotency_key=f"{run.id}/{prompt.id}")
 
 
-def _plain(principle: Principle) -> dict[str, str]:
-    fields = ("id", "critic", "revision", "comparison")
-    return {name: getattr(principle, name) for name in fields}
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """Return what there is to rank: the distinct responses and the revision, without empty ones."""
+    return list(dict.fromkeys(text for text in [*row["responses"], row["revision"]] if text.strip()))
 
 
-def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Store the judge's ranking of each prompt's responses and its revision, by its principle; return how many."""
-    if not config.judge:
-        return 0
-    num_ranked = 0
-    judge = load_attribute(config.judge)
-    kind: AnnotatorKind = "ai" if config.judge_kind == "ai" else "simulated"
-    with Store(run.workspace / "preferences.db") as store, run.progress("ranking", len(rows)) as advance:
-        for number, row in enumerate(rows):
-            advance()
-            prompt = _prompt(row)
-            texts = list(dict.fromkeys(t for t in [*row["responses"], row["revision"]] if t.strip()))
-            if len(texts) < 2:
-                continue
-            completions = [Completion(prompt_id=prompt.id, text=text, policy=run.id) for text in texts]
-            groups = judge(prompt, texts, row["principle"], np.random.default_rng([run.seed, 37, number]))
-            placed = tuple(tuple(completions[i].id for i in group) for group in groups)
-            name = f"{config.judge}:{row['principle']['id']}"
-            ranking = Ranking(prompt_id=prompt.id, groups=placed, annotator=name, kind=kind)
-            store.add_tasks(run.id, [(prompt, completions)])
-            store.submit(ranking, run.id, idempotency_key=f"{run.id}/{prompt.id}")
-            num_ranked += 1
-    return num_ranked
-
-
-def _prompt(row: Mapping[str, Any]) -> Conversation:
+def prompt_of(row: Mapping[str, Any]) -> Conversation:
+    """Return the prompt of a line of revisions.jsonl."""
     return Conversation(messages=tuple(Message(role=m["role"], content=m["content"]) for m in row["prompt"]))
 
 
 def training_rows(config: Config, run: Run, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
     """Return the revised conversations and the replay as token rows; only assistant tokens are trained."""
-    revised = [[*_prompt(row).messages, Message(role="assistant", content=row["revision"])] for row in rows]
+    revised = [[*prompt_of(row).messages, Message(role="assistant", content=row["revision"])] for row in rows]
     replay = load_conversations(
         config.replay,
         base=run.base,

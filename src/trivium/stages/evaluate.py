@@ -27,7 +27,8 @@ from trivium.evals.multiple_choice import choose
 from trivium.evals.overoptimization import read_points, summarise
 from trivium.evals.perplexity import bits_per_byte, document_losses
 from trivium.evals.players import Player, load_player, table_of
-from trivium.evals.stats import correlation_interval, mean_interval, wilson_interval
+from trivium.evals.refusals import figures_of
+from trivium.evals.stats import correlation_interval, mean_interval
 from trivium.evals.tasks import Task, load_tasks
 from trivium.evals.win_rate import Sample, grade, kl_to, length_controlled, sample_completions, win_rate
 from trivium.records import Conversation
@@ -150,14 +151,9 @@ class Exam:
 
     def report_tasks(self, player: Player, figures: Figures) -> None:
         """Record a model's accuracy (or score, where a judge graded) on every task, and what worked steps gain."""
-        by_judge = {task.name for task in self.tasks if any(item.needs_judge for item in task.items)}
-        for name, grades in figures.grades.items():
-            if name in by_judge:
-                mean, low, high = mean_interval(grades)
-            else:
-                mean, (low, high) = sum(grades) / len(grades), wilson_interval(sum(grades), len(grades))
-            metric = "score" if name in by_judge else "accuracy"
-            self.run.result(name, metric, mean, low=low, high=high, n=len(grades), checkpoint=player.name)
+        for task in (task for task in self.tasks if task.name in figures.grades):
+            for metric, figure, n in figures_of(task, figures.grades[task.name]):
+                self.record(player, task.name, metric, figure, n)
         for name, gain in steps_gain(figures.grades, self.run.seed).items():
             self.record(player, "chain_of_thought@1", "accuracy_gain", gain, len(figures.grades[name]))
         self.spend(player, sum(a.num_tokens for found in figures.answers.values() for a in found))

@@ -108,7 +108,8 @@ def objective(
         total = (losses if batch.ranking_weights is None else losses * batch.ranking_weights).sum()
     else:
         places = batch.ranks[batch.pairs[:, 1]] - batch.ranks[batch.pairs[:, 0]]
-        total = (bradley_terry(chosen, rejected, margin * places if margin else 0.0) * batch.weights).sum()
+        lead = margin * places.clamp(min=0) if margin else 0.0  # a soft label may contradict the places
+        total = (bradley_terry(chosen, rejected, lead, batch.targets) * batch.weights).sum()
     if center:
         total = total + center * (centering(chosen, rejected) * batch.weights).sum()
     return LossOutput(total=total, metrics={"accuracy": ((chosen > rejected) * batch.weights).sum()})
@@ -131,6 +132,7 @@ def run(config: Config, run: Run) -> None:
             weights=config.weights,
             cut=config.cut,
             by_reliability=config.annotator_weights == "reliability",
+            soft=config.loss == "bradley_terry",
         )
     device = device_of(run.settings)
     members = load_members(run, tokenizer, device)

@@ -48,12 +48,14 @@ def load_judgements(
     weights: Mapping[str, float] | None = None,
     cut: bool = False,
     by_reliability: bool = False,
+    soft: bool = False,
 ) -> Judgements:
     """Return the judgements of a collection as token groups.
 
     With `ties`, rankings that are one tie are trained on too. `weights`: what an annotator's rankings count for in
     training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out.
     `by_reliability` multiplies the weights by those of `preferences.reliability`, measured on the training side alone.
+    `soft`: train on how sure a judge was, where it said so (an order in both ways of asking is what is held out).
     Raises UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown
     annotator.
     """
@@ -76,8 +78,9 @@ def load_judgements(
                 ref_logprobs=None,
                 weight=weight_of(group.annotator, weights, measured) if training else 1.0,
                 prompt_id=group.prompt_id,
+                soft=group.soft,
             )
-            for group in ranked_groups(side, ties=ties and training)
+            for group in ranked_groups(side, ties=ties and training, soft=soft and training)
         ]
         fitting = [cut_prompt(g, context) if cut else g for g in groups if g.weight > 0]
         num_cut += sum(len(g.prompt_ids) < len(encoded[g.prompt_id]) for g in fitting)
@@ -189,4 +192,6 @@ def num_pairs(groups: Sequence[PreferenceGroup]) -> int:
 def data_facts(name: str, groups: Sequence[PreferenceGroup]) -> dict[str, object]:
     """Return what a manifest says about judgements as training data."""
     tokens = sum(len(g.prompt_ids) + len(c) for g in groups for c in g.completion_ids)
-    return {"name": name, "num_rankings": len(groups), "num_pairs": num_pairs(groups), "tokens": tokens}
+    soft = sum(len(group.soft) for group in groups)
+    facts = {"name": name, "num_rankings": len(groups), "num_pairs": num_pairs(groups), "tokens": tokens}
+    return facts | ({"num_soft": soft} if soft else {})

@@ -92,3 +92,13 @@ def test_harmful_requests_are_recognised_and_look_alikes_are_not():
         for _ in range(200):
             assert safety.find_harm(safety.harmful_request(rng, split)[0])
             assert not safety.find_harm(safety.look_alike_request(rng, split)[0])
+
+
+def test_the_weight_of_harmful_requests_can_be_set_and_its_default_changes_nothing():
+    """With 0 no ideal response is a refusal: a helpful-only model, for a constitution to teach."""
+    weight = KINDS["harmful"][1]
+    plain, same = (list(microworld.instructions(3, num=400, **options)) for options in ({}, {"harmful": weight}))
+    assert [c.id for c in plain] == [c.id for c in same]
+    none = list(microworld.instructions(3, num=400, harmful=0))
+    assert not any(c.meta["kind"] == "harmful" or safety.refuses(c.messages[-1].content) for c in none)
+    assert any(safety.refuses(c.messages[-1].content) for c in plain)

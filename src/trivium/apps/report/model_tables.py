@@ -33,6 +33,8 @@ NOTES = {
     "chain_of_thought": "what working in steps adds",
     "in_context_learning": "what reading on adds, per token",
 }
+SIDES = ("harmful_refused", "harmless_refused")
+"""The two sides of the refusal task."""
 LOWER_IS_BETTER = ("bits_per_byte", "loss", "perplexity")
 
 
@@ -54,6 +56,7 @@ def tasks_table(sources: Sources) -> Table:
     """Return tasks by models; a model that a task was not run on says so."""
     models = checkpoints(sources)
     found = {(task_name(r.task), r.metric) for _, r in sources.evaluations() if not is_win_rate(task_name(r.task))}
+    found -= {("refusal", metric) for metric in SIDES}  # a table of their own
     several = {task for task, _ in found if sum(other == task for other, _ in found) > 1}
     rows = []
     for task, metric in sorted(found, key=lambda pair: (TASKS.index(pair[0]) if pair[0] in TASKS else 99, pair)):

@@ -22,6 +22,7 @@ from trivium.apps.report.cells import Line, Table, lines, visible
 from trivium.apps.report.charts import Chart, can_draw, drift_chart, reward_model_chart, training_charts, wins_chart
 from trivium.apps.report.lineage import Descent, limits, lineage, stale
 from trivium.apps.report.model_tables import costs_table, tasks_table, wins_table
+from trivium.apps.report.refusal_table import refusals_table
 from trivium.apps.report.reward_table import rewards_table
 from trivium.apps.report.sources import Sources
 from trivium.apps.report.specimens import Exhibit, exhibits
@@ -56,9 +57,8 @@ def gather(workspace: Path) -> Report:
     sources = Sources(workspace)
     models = (rewards_table(sources), tasks_table(sources), wins_table(sources), costs_table(sources))
     tables = [*stage_tables(sources), *models]
-    adapted = adaptation_table(sources)
-    if adapted.rows:  # a pipeline that adapts nothing has no use for an empty table
-        tables.append(adapted)
+    # A pipeline that adapts nothing, or measures no refusals, has no use for an empty table.
+    tables += [table for table in (adaptation_table(sources), refusals_table(sources)) if table.rows]
     return Report(
         name=sources.name,
         judges=sources.judges(),
@@ -149,9 +149,9 @@ def render_text(workspace: Path) -> str:
     console = Console(file=buffer, width=TEXT_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     kept = [row for row in stages.rows if row.key != "goal"]
     console.print(_text_table(stages, {row.key for row in kept}, figures=True))
-    adapted = adaptation_table(sources)
-    if adapted.rows:
-        console.print(_text_table(adapted, {row.key for row in adapted.rows}))
+    for extra in (adaptation_table(sources), refusals_table(sources)):
+        if extra.rows:
+            console.print(_text_table(extra, {row.key for row in extra.rows}))
     for table in (tasks_table(sources), wins_table(sources)):
         if table.rows:
             console.print(_text_table(table, {row.key for row in table.rows}))

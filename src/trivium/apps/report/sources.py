@@ -46,6 +46,8 @@ UNITS = {
     "accuracy": "fraction",
     "win_rate": "fraction",
     "win_rate_length_controlled": "fraction",
+    "harmful_refused": "fraction",
+    "harmless_refused": "fraction",
     "pass_rate": "fraction",
     "score": "fraction",
     "bits_per_byte": "bits per byte",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Listed = tuple[tuple[str, float], Sequence[tuple[str, float]]]
+"""A token of an answer and the likeliest ones in its place, each as (text, nats)."""
 
 MAX_MESSAGES = 1000
 """Messages of one conversation: rendering is linear in them, and no context holds more."""
@@ -119,6 +123,22 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def refuse_unsupported(self) -> None:
+        """Raise ApiError for what is not done here: log-probabilities in a stream, too, are told only at its end."""
+        super().refuse_unsupported()
+        if self.logprobs and self.stream:
+            raise ApiError(
+                400, "logprobs are not streamed here: leave one out", code="unsupported_value", param="stream"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs = true", code="invalid_value", param="top_logprobs")
+
+    def wanted_logprobs(self) -> int | None:
+        """Return how many likeliest tokens are to be listed for each token, None for no list at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Sampling):
@@ -161,6 +181,15 @@ def _bad_request(error: ValidationError) -> ApiError:
     return ApiError(400, f"{where}{first['msg']}", code="invalid_value" if param else "invalid_json", param=param)
 
 
+def _listed(own: tuple[str, float], top: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    return _token(*own) | {"top_logprobs": [_token(*other) for other in top]}
+
+
+def _token(text: str, nats: float) -> dict[str, Any]:
+    # -9999 is what OpenAI's clients know for "as good as never"; JSON has no minus infinity.
+    return {"token": text, "logprob": max(nats, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+
 class Answer:
     """Builds the answer to one request, whole or in chunks."""
 
@@ -176,10 +205,13 @@ class Answer:
         total = self.prompt_tokens + completion_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
-    def whole(self, text: str, reason: str, completion_tokens: int) -> dict[str, Any]:
-        """Return the answer to a request that does not stream."""
+    def whole(
+        self, text: str, reason: str, completion_tokens: int, listed: Sequence[Listed] | None = None
+    ) -> dict[str, Any]:
+        """Return the answer to a request that does not stream, with the tokens' log-probabilities where `listed`."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        told = None if listed is None else {"content": [_listed(*entry) for entry in listed], "refusal": None}
+        choice = {"index": 0, **said, "logprobs": told, "finish_reason": reason}
         return {**self.head, "object": self.kind, "choices": [choice], "usage": self.usage(completion_tokens)}
 
     def chunk(self, text: str = "", reason: str | None = None, *, first: bool = False) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from trivium.apps.serve.api import Listed
 from trivium.apps.serve.text import TextStream
 from trivium.config import UserError
 from trivium.data.tokenizer import Tokenizer
@@ -66,11 +67,15 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What the worker reports: a piece of text, or (with `reason`) the end. `tokens` counts those drawn so far."""
+    """What the worker reports: a piece of text, or (with `reason`) the end. `tokens` counts those drawn so far.
+
+    `listed` comes with the end where it was asked for: for each token of the answer its nats, and the likeliest ones'.
+    """
 
     text: str = ""
     reason: FinishReason | None = None
     tokens: int = 0
+    listed: list[Listed] | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +89,8 @@ class Job:
     top_p: float
     seed: int
     stop: tuple[str, ...]
+    top_logprobs: int | None = None
+    ids: list[int] = field(default_factory=list)
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     cancelled: bool = False
@@ -181,19 +188,42 @@ class Engine:
             if token is not None:
                 job.drawn += 1
             stop = token in job.served.stop_ids
+            if token is not None and not stop:
+                job.ids.append(token)
             # A stop token is a sign, not text, also where a foreign tokenizer does not call it special.
             piece = "" if token is None or stop else text.feed(token)
             ended = stop or text.stopped or token is None or job.drawn >= job.max_tokens
             if ended and not text.stopped:
                 piece += text.finish()
             reason: FinishReason = "stop" if stop or text.stopped else "length"
+            listed = list_tokens(job, job.top_logprobs) if ended and job.top_logprobs is not None else None
         except Exception:  # one broken answer must not end the others
             traceback.print_exc(file=sys.stderr)
             job.report(Piece(reason="error", tokens=job.drawn))
             return False
         if piece or ended:
-            job.report(Piece(text=piece, reason=reason if ended else None, tokens=job.drawn))
+            job.report(Piece(text=piece, reason=reason if ended else None, tokens=job.drawn, listed=listed))
         return not ended
+
+
+def list_tokens(job: Job, num: int) -> list[Listed]:
+    """Return, for each token of a job's answer, its log-probability (nats) and those of the `num` likeliest tokens.
+
+    They are the model's own, at temperature 1 and without top-p, whatever the answer was drawn with. Read in one pass
+    over prompt and answer, so that nobody else's answer is slower for it token by token.
+    """
+    if not job.ids:
+        return []
+    model, pieces = job.served.model, job.served.tokenizer.pieces
+    ids = torch.tensor([[*job.prompt, *job.ids][:-1]], device=next(model.parameters()).device)
+    with torch.no_grad():
+        hidden = model(ids)[:, len(job.prompt) - 1 :]
+        nats = torch.log_softmax(model.logits(hidden).float()[0], -1).cpu()
+    own = nats.gather(-1, torch.tensor(job.ids)[:, None])[:, 0].tolist()
+    likeliest = nats.topk(num, -1)
+    rows = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    tops = [list(zip(pieces(found), values, strict=True)) for found, values in rows]
+    return list(zip(zip(pieces(job.ids), own, strict=True), tops, strict=True))
 
 
 def _tokens(job: Job) -> Iterator[tuple[int, float]]:

@@ -61,7 +61,9 @@ class Shop:
         own = {"kind": served.kind, "stage": served.stage, "run_id": served.run_id, "context": served.context}
         return {"id": served.name, "object": "model", "created": 0, "owned_by": "trivium", "trivium": own}
 
-    def start(self, request: Sampling, served: Served, prompt: list[int], stop: tuple[str, ...]) -> Job:
+    def start(
+        self, request: Sampling, served: Served, prompt: list[int], stop: tuple[str, ...], listed: int | None = None
+    ) -> Job:
         """Return a job that is in line; raises ApiError 429 or 503 when there is no room."""
         wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         seed = secrets.randbits(62) if request.seed is None else request.seed % 2**63
@@ -73,6 +75,7 @@ class Shop:
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=seed,
             stop=stop,
+            top_logprobs=None if listed is None else min(listed, served.model.config.vocab_size),
         )
         try:
             self.engine.submit(job)
@@ -140,7 +143,8 @@ def _add_routes(app: FastAPI, shop: Shop) -> None:
         messages = [message.plain() for message in wanted.messages]
         prompt = await asyncio.to_thread(chat_prompt, served, messages)
         stop = wanted.stops() + ((BASE_STOP,) if served.kind == "base" else ())
-        return await _respond(request, wanted, shop, shop.start(wanted, served, prompt, stop), chat=True)
+        job = shop.start(wanted, served, prompt, stop, wanted.wanted_logprobs())
+        return await _respond(request, wanted, shop, job, chat=True)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -189,7 +193,7 @@ async def _whole(request: Request, job: Job, pieces: AsyncIterator[Piece], answe
         text = ""
         async for piece in pieces:
             text += piece.text
-        return JSONResponse(answer.whole(text, piece.reason or "stop", piece.tokens))
+        return JSONResponse(answer.whole(text, piece.reason or "stop", piece.tokens, piece.listed))
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

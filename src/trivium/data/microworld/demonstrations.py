@@ -140,10 +140,14 @@ KINDS: dict[str, tuple[Callable[[random.Random], Turns], int]] = {
 SYSTEM_SHARE = 0.05
 
 
-def instructions(seed: int, *, num: int = 6000) -> Iterator[Conversation]:
-    """Yield conversations whose last message is an ideal response; `meta["kind"]` is a key of KINDS."""
+def instructions(seed: int, *, num: int = 6000, harmful: int = KINDS["harmful"][1]) -> Iterator[Conversation]:
+    """Yield conversations whose last message is an ideal response; `meta["kind"]` is a key of KINDS.
+
+    `harmful` is the weight of harmful requests, which are refused, among the kinds; 0 teaches no refusal at all.
+    """
     rng = random.Random(f"{seed}-instructions")
-    kinds, weights = list(KINDS), [weight for _, weight in KINDS.values()]
+    weighted = {name: weight for name, (_, weight) in KINDS.items()} | {"harmful": harmful}
+    kinds, weights = list(KINDS), list(weighted.values())
     for _ in range(num):
         kind = rng.choices(kinds, weights)[0]
         messages = [Message(role="system", content=rng.choice(_SYSTEM))] if rng.random() < SYSTEM_SHARE else []

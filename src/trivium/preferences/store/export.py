@@ -25,6 +25,7 @@ def digest(rankings: Iterable[Ranking]) -> str:
                 ranking.annotator,
                 ranking.kind,
                 ranking.none_acceptable,
+                *([sorted(ranking.soft)] if ranking.soft else []),
             ]
         )
         for ranking in rankings
@@ -40,11 +41,13 @@ def write(
 ) -> int:
     """Write one line per ranking and return how many: `prompt` as messages, `responses` as texts, `ranking` as groups.
 
-    A group holds places in `responses`, counted from 0, best group first; a tie shares a group.
+    A group holds places in `responses`, counted from 0, best group first; a tie shares a group. Where the judge said
+    how sure it was, `soft` holds [first, second, probability that the first is better], first and second as places.
     """
 
     def line(row: Mapping[str, Any]) -> dict[str, Any]:
         ids: list[str] = row["completion_ids"]
+        soft = [[ids.index(first), ids.index(second), chance] for first, second, chance in row["soft"] or ()]
         return {
             "prompt": prompts[row["prompt_id"]].as_dicts(),
             "responses": [completions[name].text for name in ids],
@@ -58,6 +61,7 @@ def write(
             "policies": [completions[name].policy for name in ids],
             "collection": row["collection"],
             "created_at": row["created_at"],
+            **({"soft": soft} if soft else {}),
         }
 
     return write_jsonl(path, map(line, rows))

@@ -106,7 +106,20 @@ def check_ranking(ranking: Ranking, completion_ids: Iterable[str]) -> None:
         raise Refused(f"{missing} of {len(asked)} responses are not ranked; place them all, or choose none acceptable")
     if ranking.order_shown and sorted(ranking.order_shown) != sorted(asked):
         raise Refused("order_shown must hold each response of the task once")
+    _check_soft(ranking, asked)
     if not (math.isfinite(ranking.seconds) and ranking.seconds >= 0):
         raise Refused(f"seconds must be zero or more, got {ranking.seconds}")
     if len(ranking.rationale) > MAX_RATIONALE:
         raise Refused(f"the rationale has {len(ranking.rationale)} characters, the limit is {MAX_RATIONALE}")
+
+
+def _check_soft(ranking: Ranking, asked: set[str]) -> None:
+    """Raise Refused unless every soft label is a probability about two different responses, each pair once."""
+    pairs: set[frozenset[str]] = set()
+    for first, second, chance in ranking.soft:
+        pair = frozenset((first, second))
+        if not pair <= asked or len(pair) < 2 or pair in pairs:
+            raise Refused("a soft label must be about two different responses of the task, each pair once")
+        if not 0.0 <= chance <= 1.0:
+            raise Refused(f"a soft label is a probability from 0 to 1, got {chance}")
+        pairs.add(pair)

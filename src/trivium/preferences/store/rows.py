@@ -104,6 +104,7 @@ def to_ranking(row: Mapping[str, Any]) -> Ranking:
         rationale=row["rationale"],
         seconds=row["seconds"],
         order_shown=tuple(row["order_shown"]),
+        soft=tuple((first, second, chance) for first, second, chance in row["soft"] or ()),
     )
 
 

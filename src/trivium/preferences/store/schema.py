@@ -101,6 +101,8 @@ rankings = sa.Table(
     sa.Column("idempotency_key", sa.String(200), nullable=False),
     sa.Column("created_at", sa.String(40), nullable=False),
     sa.Column("adjudicates", sa.Boolean, nullable=False, server_default=sa.false()),
+    # Null in rows of schema 1: rows are never rewritten.
+    sa.Column("soft", JsonText, nullable=True),
     sa.UniqueConstraint("task_id", "annotator", "kind", "revision"),
     sa.UniqueConstraint("task_id", "annotator", "kind", "idempotency_key"),
     sqlite_autoincrement=True,

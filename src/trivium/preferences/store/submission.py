@@ -54,6 +54,7 @@ def submit(
         "idempotency_key": key,
         "adjudicates": adjudicates,
         "created_at": rows.now(),
+        "soft": ranking.soft,
     }
     connection.execute(table.insert(), values)
     release(connection, asked.id, ranking.annotator, ranking.kind)

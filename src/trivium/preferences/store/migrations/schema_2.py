@@ -1,4 +1,4 @@
-"""Schema 2: people with roles, invitations and sessions; leases, flags, instructions; what a task is for."""
+"""Schema 2: soft labels and adjudication; people, invitations, sessions; leases, flags; what a task is for."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def upgrade() -> None:
     op.add_column("tasks", sa.Column("gold", sa.Text(), nullable=True))
     op.add_column("tasks", sa.Column("priority", sa.Float(), nullable=False, server_default="0"))
     op.add_column("rankings", sa.Column("adjudicates", sa.Boolean(), nullable=False, server_default=sa.false()))
+    op.add_column("rankings", sa.Column("soft", sa.Text(), nullable=True))
     op.create_table(
         "collections",
         sa.Column("name", sa.String(200), primary_key=True),
@@ -69,5 +70,6 @@ def downgrade() -> None:
         op.drop_table(table)
     for column in ("priority", "gold", "repeat_of", "purpose"):
         op.drop_column("tasks", column)
+    op.drop_column("rankings", "soft")
     op.drop_column("rankings", "adjudicates")
     op.execute("UPDATE trivium_schema SET version = 1")
