@@ -1,4 +1,4 @@
-"""`bench/judgement_power.py`: what is wrong is found about as often as the formulas expect, and nothing where it is not.
+"""`bench/judgement_power.py`: what is wrong is found about as often as the formulas expect, and nothing else is.
 
 In CI few collections, and bars that a right screening misses less than once in a thousand runs of new seeds; the whole
 table's bars (power at least 0.9, false alarms at most 5%) in the slow test.
