@@ -66,9 +66,9 @@ def test_ten_points_of_bias_are_sixty_to_forty(bench):
      ("chance", 1.0, 0, 100)],
 )  # fmt: skip
 def test_what_is_wrong_is_found_in_rankings_of_four(bench, fault, share, who, prompts):
-    """The formulas expect over 99.9%: of 6 collections all but one at least."""
+    """The formulas expect over 99%: of 6 collections all but one at least (less comes once in 700 runs)."""
     case = case_of(bench, prompts=prompts, people=3, k=4, fault=fault, share=share, who=who)
-    assert bench.expected_power(case) > 0.999
+    assert bench.expected_power(case) > 0.99
     assert bench.measure(case, 6, 0)["rate"] >= 5 / 6
 
 
