@@ -73,9 +73,9 @@ def test_what_is_wrong_is_found_in_rankings_of_four(bench, fault, share, who, pr
 
 
 def test_false_alarms_are_rare(bench):
-    """At 5%, more than 7 of 50 collections would come once in 1,000 times."""
+    """At 5%, more than 7 of 50 collections would come once in 300 times."""
     assert bench.measure(case_of(bench, prompts=60, people=3, k=4), 50, 1)["rate"] <= 7 / 50
-    assert scipy.stats.binom.sf(7, 50, 0.05) < 2e-3
+    assert scipy.stats.binom.sf(7, 50, 0.05) < 4e-3
 
 
 def test_the_table_is_printed_and_written(bench, tmp_path, monkeypatch, capsys):
