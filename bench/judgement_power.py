@@ -98,7 +98,8 @@ def expected_power(case: Case) -> float:
 
     position: z = q sqrt(n (K - 1) / (1 - R^2)), R^2 what the others' mean ranking foretells of one. length: the same
     with n divided by the design effect 1 + (m - 1) r over all; of one annotator against the others, with the variance
-    of a difference, (1 - r) (1 + 1 / (m - 1)). chance: the fall of the agreement, q r, over its standard error.
+    of a difference, 1 + (1 + (m - 2) r) / (m - 1) - 2 (1 - q) r. chance: the fall of the agreement, q r, over its
+    standard error.
     """
     r, m, q = rank_correlation(case.k), case.people, case.share
     others = m - 1
@@ -119,7 +120,8 @@ def expected_power(case: Case) -> float:
             own = (1 - q) * r
             z = q * math.sqrt(n * per_ranking / (1 - own**2 * others / (1 + (others - 1) * r)))
         elif case.fault == "length":
-            z = q * math.sqrt(n * per_ranking / ((1 - r) * (1 + 1 / others)))
+            variance = 1 + (1 + (others - 1) * r) / others - 2 * (1 - q) * r
+            z = q * math.sqrt(n * per_ranking / variance)
         else:
             z, sides = q * r * math.sqrt(n / agreement_variance(case)), 1
         threshold = quantile(ALPHA / 2 / asked / sides)
@@ -129,10 +131,12 @@ def expected_power(case: Case) -> float:
 def agreement_variance(case: Case) -> float:
     """Return the variance, per prompt, of the mean agreement of pairs with one annotator less that of pairs without.
 
-    By a simulation of its own without the fault, since rank correlations of few responses are far from normal.
+    By a simulation of its own, since rank correlations of few responses are far from normal.
     """
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(20_000, 1, case.k)) + NOISE * rng.normal(size=(20_000, case.people, case.k))
+    spam = rng.random(20_000) < case.share
+    latent[spam, 0] = rng.normal(size=(int(spam.sum()), case.k))
     ranks = np.argsort(np.argsort(latent, axis=2), axis=2) - (case.k - 1) / 2
     gram = np.einsum("nik,njk->nij", ranks, ranks) / (ranks[0, 0] @ ranks[0, 0])
     upper = np.triu_indices(case.people, 1)

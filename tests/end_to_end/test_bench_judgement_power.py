@@ -1,4 +1,4 @@
-"""`bench/judgement_power.py`: what is wrong is found as often as the formulas expect, and nothing where it is not.
+"""`bench/judgement_power.py`: what is wrong is found about as often as the formulas expect, and nothing else is.
 
 In CI few collections, and bars that a right screening misses less than once in a thousand runs of new seeds; the whole
 table's bars (power at least 0.9, false alarms at most 5%) in the slow test.
@@ -66,16 +66,16 @@ def test_ten_points_of_bias_are_sixty_to_forty(bench):
      ("chance", 1.0, 0, 100)],
 )  # fmt: skip
 def test_what_is_wrong_is_found_in_rankings_of_four(bench, fault, share, who, prompts):
-    """The formulas expect over 99.9%: of 6 collections all but one at least."""
+    """The formulas expect over 99%: of 6 collections all but one at least (less comes once in 700 runs)."""
     case = case_of(bench, prompts=prompts, people=3, k=4, fault=fault, share=share, who=who)
-    assert bench.expected_power(case) > 0.999
+    assert bench.expected_power(case) > 0.99
     assert bench.measure(case, 6, 0)["rate"] >= 5 / 6
 
 
 def test_false_alarms_are_rare(bench):
-    """At 5%, more than 7 of 50 collections would come once in 1,000 times."""
+    """At 5%, more than 7 of 50 collections would come once in 300 times."""
     assert bench.measure(case_of(bench, prompts=60, people=3, k=4), 50, 1)["rate"] <= 7 / 50
-    assert scipy.stats.binom.sf(7, 50, 0.05) < 2e-3
+    assert scipy.stats.binom.sf(7, 50, 0.05) < 4e-3
 
 
 def test_the_table_is_printed_and_written(bench, tmp_path, monkeypatch, capsys):

@@ -95,6 +95,9 @@ def test_majority_by_hand():
     # Two against two on every pair: one tie. A circle of majorities: one tie, too.
     even = majority([make("a", "b"), make("b", "a", annotator="y")])
     assert even[0].groups == (("a", "b"),)
+    # a over c twice, the other pairs even: a has one and a half points, b one, c a half.
+    halves = majority([make("b", "a", "c"), make("a", "c", "b", annotator="y")])
+    assert halves[0].groups == (("a",), ("b",), ("c",))
     circle = [make("a", "b", "c"), make("b", "c", "a", annotator="y"), make("c", "a", "b", annotator="z")]
     assert majority(circle)[0].groups == (("a", "b", "c"),)
 

@@ -72,4 +72,4 @@ def test_two_annotators_cannot_be_told_apart():
 def test_too_few_judgements_are_not_asked_about():
     rankings, lengths, _ = collection(np.random.default_rng(4), prompts=FEWEST // 3)
     assert {f.annotator for f in screen(rankings, lengths)} == {None}
-    assert screen([]) == [] and ALPHA == 0.05
+    assert screen([]) == [] and ALPHA == 0.04

@@ -11,6 +11,7 @@ from trivium.preferences.significance import (
     holm,
     logistic,
     mean_test,
+    normal_of_student,
     normal_tail,
     p_value,
     trend,
@@ -25,6 +26,13 @@ def test_tails_equal_scipy():
         assert p_value(z, "above") == pytest.approx(scipy.stats.norm.sf(z), rel=1e-12)
     for degrees, x in itertools.product((1, 2, 3, 4, 7, 10, 31), (0.0, 0.1, 1.0, 5.0, 40.0)):
         assert chi_squared_tail(x, degrees) == pytest.approx(scipy.stats.chi2.sf(x, degrees), rel=1e-10)
+
+
+def test_students_tail_equals_scipy_to_two_percent():
+    for degrees, t in itertools.product((10, 30, 99, 300), (-4.0, -0.5, 0.0, 1.0, 2.0, 3.0, 3.5)):
+        found = normal_tail(normal_of_student(t, degrees))
+        assert found == pytest.approx(scipy.stats.t.sf(t, degrees), rel=0.02)
+    assert normal_of_student(float("inf"), 9) == float("inf") and np.isnan(normal_of_student(float("nan"), 9))
 
 
 def test_holm_by_hand():

@@ -109,8 +109,6 @@ def length_logistic(
     features: Floats = np.array(rows, dtype=np.float64).reshape(len(rows), 1 if control is None else 2)
     if not features[:, 0].any():
         return None
-    # Which of the two is called the first is ours to choose; half turned round, the outcome has both values.
-    turned = np.arange(len(rows)) % 2 == 1
-    features[turned] *= -1
-    fitted = logistic(features, (~turned).astype(np.float64), np.array(clusters))
+    # The chosen one is called a throughout: turned round, a pair has the same likelihood.
+    fitted = logistic(features, np.ones(len(rows)), np.array(clusters))
     return fitted.tested(0, len(rows)) if fitted.converged else None

@@ -63,10 +63,7 @@ def load_judgements(
     rankings = rankings_of(store, collection, kinds, weights)
     sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
     measured = measured_on(sides[0], collection) if by_reliability else {}
-    prompts = store.prompts({ranking.prompt_id for ranking in rankings})
-    completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
-    encoded = {identity: render_prompt(tokenizer, prompt) for identity, prompt in prompts.items()}
-    tokens = {identity: completion_ids(completion, tokenizer) for identity, completion in completions.items()}
+    encoded, tokens = encoded_texts(store, rankings, tokenizer)
     kept: list[list[PreferenceGroup]] = []
     num_cut = 0
     for side, name, training in zip(sides, ("training", "held-out"), (True, False), strict=True):
@@ -99,6 +96,18 @@ def load_judgements(
         dropped=len(rankings) - len(kept[0]) - len(kept[1]),
         cut=num_cut,
         reliability=measured,
+    )
+
+
+def encoded_texts(
+    store: Store, rankings: Sequence[Ranking], tokenizer: Tokenizer
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Return the token ids of the prompts and of the completions that the rankings name, by id."""
+    prompts = store.prompts({ranking.prompt_id for ranking in rankings})
+    completions = store.completions({c for ranking in rankings for group in ranking.groups for c in group})
+    return (
+        {identity: render_prompt(tokenizer, prompt) for identity, prompt in prompts.items()},
+        {identity: completion_ids(completion, tokenizer) for identity, completion in completions.items()},
     )
 
 
