@@ -17,7 +17,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,17 @@ class Judges:
     """Who grades completions in one workspace, and what they are compared with: the SFT model's own."""
 
     def __init__(self, workspace: Path, seed: int, options: argparse.Namespace) -> None:
-        """Sample the SFT model: `num_best` completions of each prompt to choose from, and `num_against` opponents."""
+        """Load the judges and the SFT model."""
         self.options, self.seed, runs = options, seed, latest_runs(workspace)
         self.truth = as_reward(load_attribute(options.judge))
         self.proxy = LearnedReward.from_folder(runs["reward_model"][0] / "model")
         self.sft = load_player(runs["sft"][0])
         self.prompts = heldout_prompts(seed, options)
-        self.pool = self.sample(self.sft, options.num_best, 1)
-        self.against = self.shaped(grade(self.sample(self.sft, options.num_against, 2), self.truth))
+
+    @cached_property
+    def against(self) -> np.ndarray:
+        """The true grades of the SFT model's completions to win against, [P, num_against]."""
+        return self.shaped(grade(self.sample(self.sft, self.options.num_against, 2), self.truth))
 
     def sample(self, player: Any, num: int, purpose: int) -> Sample:
         """Return `num` completions of each prompt, neighbours; `purpose` keeps random numbers apart."""
@@ -130,17 +134,19 @@ class Judges:
             "length": self.shaped(sample.lengths),
         }
 
-    def policy(self, folder: Path) -> Arrays:
-        """Return a trained policy's figures, each prompt's the mean of `num_samples` completions."""
+    def policy(self, method: str, folder: Path) -> list[Point]:
+        """Return a trained policy, each prompt's figures the mean of `num_samples` completions."""
         sample = self.sample(load_player(folder), self.options.num_samples, 3)
         figures = self.graded(sample) | {"kl": self.shaped(log_ratios(self.sft.model, sample, 1.0))}
-        return {name: values.mean(1) for name, values in figures.items()}
+        arrays = {name: values.mean(1) for name, values in figures.items()}
+        return [Point(method=method, name=folder.parent.name, arrays=arrays)]
 
     def best_of_n(self) -> list[Point]:
         """Return best-of-n for n = 1, 2, 4 ... `num_best`, all from the same completions, picked by the proxy."""
-        figures = self.graded(self.pool)
-        ids = [completion.token_ids for completion in self.pool.completions]
-        logprobs = self.shaped([sum(completion.logprobs) for completion in self.pool.completions])
+        pool = self.sample(self.sft, self.options.num_best, 1)
+        figures = self.graded(pool)
+        ids = [completion.token_ids for completion in pool.completions]
+        logprobs = self.shaped([sum(completion.logprobs) for completion in pool.completions])
         num = logprobs.shape[1]
         rows = [
             level_probabilities(ids[row * num : (row + 1) * num], scores.tolist(), logprobs[row].tolist())
@@ -163,28 +169,30 @@ def heldout_prompts(seed: int, options: argparse.Namespace) -> list[Conversation
 
 
 def measure(workspace: Path, manifests: Mapping[str, RunManifest], options: argparse.Namespace) -> list[Point]:
-    """Return every method at every strength, measured in one workspace; found again where nothing has changed."""
+    """Return every method at every strength, measured in one workspace; what was measured before is read again."""
     runs, seed = latest_runs(workspace), latest_runs(workspace)["sft"][1].seed
+    judges = Judges(workspace, seed, options)
     asked = [options.prompts, options.judge, options.num_prompts, options.num_samples, options.num_best]
     asked += [options.num_against, options.max_new_tokens, seed]
-    made = [runs[table][1].run_id for table in ("sft", "reward_model")] + [m.run_id for m in manifests.values()]
-    key = hashlib.sha256(json.dumps([asked, made]).encode()).hexdigest()[:12]
-    kept = workspace / "compare_methods" / f"{key}.json"
-    if not kept.is_file():
-        judges = Judges(workspace, seed, options)
-        points = judges.best_of_n()
-        for table, manifest in manifests.items():
-            print(f"measuring {manifest.run_id}", flush=True)
-            arrays = judges.policy(workspace / table / manifest.run_id)
-            points.append(Point(method=manifest.stage, name=table, arrays=arrays))
-        rows = [[p.method, p.name, {name: values.tolist() for name, values in p.arrays.items()}] for p in points]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(kept, json.dumps(rows))
-    read = json.loads(kept.read_text())
-    return [
-        Point(method=method, name=name, arrays={key: np.asarray(values) for key, values in arrays.items()})
-        for method, name, arrays in read
-    ]
+    asked += [runs[table][1].run_id for table in ("sft", "reward_model")]
+
+    def found(name: str, compute: Callable[[], list[Point]]) -> list[Point]:
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        kept = workspace / "compare_methods" / f"{name}-{key}.json"
+        if not kept.is_file():
+            print(f"measuring {name}", flush=True)
+            rows = [[p.method, p.name, {key: values.tolist() for key, values in p.arrays.items()}] for p in compute()]
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(kept, json.dumps(rows))
+        return [
+            Point(method=method, name=name, arrays={key: np.asarray(values) for key, values in arrays.items()})
+            for method, name, arrays in json.loads(kept.read_text())
+        ]
+
+    points = found("best_of_n", judges.best_of_n)
+    for table, manifest in manifests.items():
+        points += found(manifest.run_id, partial(judges.policy, manifest.stage, workspace / table / manifest.run_id))
+    return points
 
 
 # -- comparing
