@@ -234,7 +234,8 @@ def summary(points: Sequence[Point], seed: int, targets: Sequence[float]) -> dic
 def named(interval: tuple[float, float, float]) -> dict[str, float | None]:
     """Return a figure with its interval, as JSON has it: no NaN."""
     keys = ("value", "low", "high")
-    return {k: None if math.isnan(v) else round(v, 4) for k, v in zip(keys, interval, strict=True)}
+    # Adding 0 makes -0 a 0.
+    return {k: None if math.isnan(v) else round(v, 4) + 0.0 for k, v in zip(keys, interval, strict=True)}
 
 
 def over_seeds(seeds: Sequence[Mapping[str, Any]], targets: Sequence[float]) -> dict[str, Any]:
@@ -267,22 +268,32 @@ def percent(entry: Mapping[str, Any]) -> str:
     return f"{100 * entry['mean']:.1f}{ends}"
 
 
+def shown(entry: Mapping[str, Any]) -> str:
+    """Return a share with its interval over prompts, in percent."""
+    if entry["value"] is None:
+        return "not reached"
+    ends = "" if entry["low"] is None else f" [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+    return f"{100 * entry['value']:.1f}{ends}"
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """Return the comparison as two Markdown tables: win rates at equal KL, and every point."""
     targets = [f"{t:g}" for t in results["targets"]]
     heads = " | ".join(f"{target} nats" for target in targets)
     lines = [f"| true-taste win rate at KL, % | {heads} |", "| --- |" + " --- |" * len(targets)]
     for method, entries in results["over_seeds"].items():
-        lines.append(f"| {LABELS[method]} | " + " | ".join(percent(entries[t]["win"]) for t in targets) + " |")
+        cells = [percent(entries[t]["win"]) for t in targets]
+        if len(results["seeds"]) == 1:  # no range over seeds, but an interval over prompts
+            cells = [shown(results["seeds"][0]["at_kl"][method][t]["win"]) for t in targets]
+        lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
     lines += ["", "| seed | policy | KL, nats | learned reward | true taste | win rate, % | tokens |"]
     lines.append("|" + " --- |" * 7)
     for seed in results["seeds"]:
         for point in seed["points"]:
             kl, proxy, truth, win, length = (point[name] for name in FIGURES)
-            won = f"{100 * win['value']:.1f} [{100 * win['low']:.1f}, {100 * win['high']:.1f}]"
-            figures = f"{kl['value']:.2f} | {proxy['value']:.2f} | {truth['value']:.3f} | {won} | {length['value']:.0f}"
+            figures = f"{kl['value']:.2f} | {proxy['value']:.2f} | {truth['value']:.3f} | {shown(win)}"
             name = point["name"] if point["method"] != "best_of_n" else f"best-of-n, {point['name']}"
-            lines.append(f"| {seed['seed']} | {name} | {figures} |")
+            lines.append(f"| {seed['seed']} | {name} | {figures} | {length['value']:.0f} |")
     return "\n".join(lines)
 
 
@@ -309,11 +320,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25, linewidth=0.5)
     axes[0].set_ylabel("learned reward (proxy)")
-    axes[1].set_ylabel("% won against SFT by true taste (SIMULATED)")
+    axes[1].set_ylabel("% won against SFT, true taste (SIMULATED)")
     axes[1].axhline(50, color="grey", linewidth=0.8)
-    axes[1].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     seeds = len(results["seeds"])
-    figure.suptitle(f"{seeds} seed{'s' if seeds > 1 else ''}, {results['seeds'][0]['prompts']} held-out prompts each")
+    each = " each; lines: means" if seeds > 1 else "; bars: 95% over prompts"
+    figure.suptitle(f"{seeds} seed{'s' if seeds > 1 else ''}, {results['seeds'][0]['prompts']} held-out prompts{each}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
@@ -331,6 +343,9 @@ def draw_method(
         x, y = [p["kl"]["value"] for p in own], [p[name]["value"] for p in own]
         axis.plot(x, [scale * v for v in y], MARKS[method], color=colour, markersize=3.5, alpha=0.45, linestyle="none")
         lines.append((x, y, first))
+        if len(seeds) == 1:
+            ends = [[scale * p[name][end] for p in own] for end in ("low", "high")]
+            axis.vlines(x, *ends, color=colour, linewidth=0.8, alpha=0.6)
     most = min(max(x) for x, _, _ in lines)
     grid = [most * (i / 60) ** 2 for i in range(61)]
     mean = [scale * float(np.mean([at_kl(x, y, t, first) for x, y, first in lines])) for t in grid]
@@ -352,7 +367,7 @@ def main() -> None:
     options.add_argument("--num-best", type=int, default=64, help="completions that best-of-n chooses from")
     options.add_argument("--num-against", type=int, default=8, help="completions of the SFT model to win against")
     options.add_argument("--max-new-tokens", type=int, default=96)
-    options.add_argument("--targets", type=float, nargs="+", default=[0.5, 1, 2, 3, 4])
+    options.add_argument("--targets", type=float, nargs="+", default=[0.5, 1, 2, 2.5, 3])
     options.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "compare_methods.json")
     options.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "compare_methods.svg")
     chosen = options.parse_args()
