@@ -346,7 +346,7 @@ def draw_method(
         if len(seeds) == 1:
             ends = [[scale * p[name][end] for p in own] for end in ("low", "high")]
             axis.vlines(x, *ends, color=colour, linewidth=0.8, alpha=0.6)
-    most = min(max(x) for x, _, _ in lines)
+    most = max(0.0, min(max(x) for x, _, _ in lines))  # an estimate may lie below 0
     grid = [most * (i / 60) ** 2 for i in range(61)]
     mean = [scale * float(np.mean([at_kl(x, y, t, first) for x, y, first in lines])) for t in grid]
     axis.plot(grid, mean, color=colour, linewidth=1.6, label=LABELS[method], marker=MARKS[method], markevery=[60])
