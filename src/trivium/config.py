@@ -35,6 +35,7 @@ STAGES = (
     "ppo",
     "dpo",
     "grpo",
+    "rejection_sampling",
     "constitutional_ai",
     "evaluate",
     "export",

@@ -46,7 +46,7 @@ def test_overview_lists_the_pipeline_in_order_with_status_cost_and_lineage(clien
     assert by_table["ppo"]["status"] == "done" and by_table["grpo"]["status"] == "running"
     assert by_table["pretrain"]["cost"]["tokens"] == 3_200_000
     assert by_table["pretrain"]["headline"]["name"] == "eval/bits_per_byte"
-    assert [m["stage"] for m in overview["missing"]] == ["adapt", "export"]
+    assert [m["stage"] for m in overview["missing"]] == ["adapt", "rejection_sampling", "export"]
     nodes = [node["run_id"] for node in overview["lineage"]["nodes"]]
     edges = {(nodes[e["from"]], nodes[e["to"]], e["field"]) for e in overview["lineage"]["edges"]}
     assert (ids["sft"], ids["ppo"], "policy") in edges and (ids["reward_model"], ids["ppo"], "reward") in edges

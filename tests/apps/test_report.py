@@ -447,7 +447,7 @@ def test_without_matplotlib_the_report_is_whole_but_for_its_drawings(full, monke
 def test_a_workspace_that_is_not_finished_says_what_is_missing(tmp_path, last):
     if last != "nothing":
         fabricate(tmp_path)
-        done = [stage for stage in STAGES if stage not in ("adapt", "export")]
+        done = [stage for stage in STAGES if stage not in ("adapt", "rejection_sampling", "export")]
         for table in done[done.index(last) + 1 :]:
             manifest = next((tmp_path / table).glob("*/manifest.json"))
             data = json.loads(manifest.read_text())
@@ -479,6 +479,18 @@ def test_manifests_without_any_summary_are_met_with_not_recorded(tmp_path):
     assert "not recorded" in page
     assert "not run yet" not in page.lower()
     render_text(tmp_path)
+
+
+def test_rejection_sampling_has_a_column_and_a_curve_where_it_ran_and_is_not_missed_elsewhere(tmp_path):
+    """It is no part of the demo: without it nothing is said to be missing; with it, it stands beside the others."""
+    ids = fabricate(tmp_path)
+    assert "Rejection sampling" not in write_report(tmp_path).read_text()
+    run = start(tmp_path, "rejection_sampling", {"policy": ids["sft"], "reward_model": ids["reward_model"]})
+    curve(run, rollout__score=(0.1, 0.9), rollout__picked_score=(1.2, 1.4), rollout__kl=(0.0, 2.0))
+    run.note(steps=32)
+    finish(run)
+    page = write_report(tmp_path).read_text()
+    assert "Rejection sampling" in page and "picked ones" in page and "imitate that" in page
 
 
 def test_a_figure_that_is_not_finite_is_not_recorded_and_no_nan_is_written(tmp_path):

@@ -116,6 +116,16 @@ save_every = 1
 sampling = {{ max_new_tokens = 8 }}
 {OPTIM.replace("1e-3", "1e-4")}
 
+[rejection_sampling]
+prompts = ["trivium.data.microworld:preference_prompts"]
+options = {{ num = 12 }}
+rounds = 3
+prompts_per_round = 5
+num_samples = 3
+minibatches = 3
+sampling = {{ max_new_tokens = 8 }}
+{OPTIM.replace("1e-3", "1e-4")}
+
 [constitutional_ai]
 prompts = ["trivium.data.microworld:red_team_prompts"]
 options = {{ num = 6 }}
@@ -130,7 +140,10 @@ REWARD = """
 def first_token(prompts, completions):
     return [completion.token_ids[0] / 100 for completion in completions]
 """
-TRAINED = ("pretrain", "adapt", "sft", "reward_model", "ppo", "ppo_variant", "dpo", "grpo", "constitutional_ai")
+TRAINED = (
+    *("pretrain", "adapt", "sft", "reward_model", "ppo", "ppo_variant", "dpo", "grpo", "rejection_sampling"),
+    "constitutional_ai",
+)
 CLOCKED = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 
 
@@ -257,7 +270,7 @@ def test_cut_matrices_give_one_processs_figures(alone: Path, recipe: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "fsdp"), (4, "ddp")])
 def test_cut_every_stage_gives_one_processs_figures(alone: Path, recipe: Path, ranks: int, parallel: str) -> None:
-    """All seven stages, rollouts and both networks of PPO among them, by one and by two groups of two ranks.
+    """All stages, rollouts and both networks of PPO among them, by one and by two groups of two ranks.
 
     But for DPO's training accuracy at its first step, where the policy is the reference: it counts the signs of
     margins that are rounding errors there, since the reference's were summed whole and the policy's in two parts.

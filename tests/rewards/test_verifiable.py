@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from trivium.config import UserError
 from trivium.records import Completion, Conversation, Message
-from trivium.rewards.verifiable import check, check_reward, last_number, validate
+from trivium.rewards.verifiable import check, check_reward, ended, last_number, validate
 
 EXACT = {"kind": "exact", "answers": ["Red", "the red one"]}
 REFUSAL = {"kind": "refusal", "expected": True, "markers": ["I cannot", "I will not"]}
@@ -104,3 +104,9 @@ def test_reward_reads_the_check_of_each_prompt():
     assert check_reward([prompt(spec), prompt(spec)], [good, bad]) == [1.0, 0.0]
     with pytest.raises(UserError, match="What is 2"):
         check_reward([prompt({})], [good])
+
+
+def test_what_was_cut_at_the_limit_loses_one():
+    prompt = Conversation(messages=(Message(role="user", content="Say more."),))
+    completions = [Completion(prompt_id=prompt.id, text="and", policy="p", finish_reason=r) for r in ("stop", "length")]
+    assert ended([prompt, prompt], completions) == [0.0, -1.0]

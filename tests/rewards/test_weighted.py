@@ -8,7 +8,7 @@ import pytest
 from trivium.config import ConfigError
 from trivium.data.tokenizer import train
 from trivium.models.generate import Generated
-from trivium.records import Conversation, Message
+from trivium.records import Completion, Conversation, Message
 from trivium.rewards.weighted import WeightedRewards, as_completions
 
 PROMPTS = [Conversation(messages=(Message(role="user", content=text),)) for text in ("one", "two")]
@@ -35,6 +35,17 @@ def test_the_sum_is_weight_times_reward_and_whole_numbers_are_rewards_too(monkey
     ]
     assert rewards(PROMPTS, completions).tolist() == [2.0 * 2 - 0.5, 2.0 * 4 - 0.5]
     assert calls == [2]
+
+
+def test_a_learned_reward_stands_beside_the_table_or_alone_with_weight_one():
+    table = {"trivium.rewards.verifiable:ended": 2.0}
+    cut = [Completion(prompt_id=prompt.id, text="a", policy="p", finish_reason="length") for prompt in PROMPTS]
+
+    def learned(prompts, completions):
+        return [0.25, -0.5]
+
+    assert WeightedRewards({}, [learned])(PROMPTS, cut).tolist() == [0.25, -0.5]
+    assert WeightedRewards(table, [learned])(PROMPTS, cut).tolist() == [-1.75, -2.5]
 
 
 def test_a_reward_that_is_nowhere_is_named():

@@ -11,10 +11,11 @@ from functools import partial
 import pytest
 import torch
 
-from trivium.config import ConfigError, UserError
+from trivium.config import ConfigError, UserError, facts
 from trivium.losses.logprobs import masked_sum, token_logprobs
 from trivium.models.hf import load_model
 from trivium.records import write_jsonl
+from trivium.rewards.learned import LearnedReward
 from trivium.runs.events import read_events, read_metrics
 from trivium.runs.manifest import Run
 from trivium.stages import grpo
@@ -317,6 +318,24 @@ def test_rewards_are_weighted_and_see_prompts_and_sampled_ids(make: Make, module
         assert completion.prompt_id == prompt.id
         assert completion.text == trainer.tokenizer.decode(one.token_ids)
         assert prompt.meta["check"]["kind"] == "number"
+
+
+def test_a_reward_model_is_the_reward_that_rejection_sampling_and_ppo_have(make: Make, folders: Folders) -> None:
+    """Its calibrated score of the sampled ids, alone or beside the table; without it the facts say nothing of it."""
+    parents = {"policy": folders.policy, "reward_model": folders.reward}
+    table = {"trivium.rewards.verifiable:ended": 0.5}
+    alone = dataclasses.replace(CONFIG, rewards={}, reward_model="reward_model@latest")
+    trainer = grpo.Trainer(alone, make("learned", parents=parents))
+    rows, generated = trainer.sample(0)
+    ids = [trainer.prompts.encoded[row] + g.token_ids for row, g in zip(rows, generated, strict=True)]
+    expected = torch.tensor(LearnedReward.from_folder(folders.reward).score_ids(ids))
+    assert torch.allclose(trainer.reward(rows, generated), expected, atol=1e-6)
+    both = grpo.Trainer(dataclasses.replace(alone, rewards=table), make("both", parents=parents))
+    cut = torch.tensor([g.finish_reason == "length" for g in generated])
+    assert torch.allclose(both.reward(rows, generated), expected - 0.5 * cut, atol=1e-6)
+    assert "reward_model" not in facts(CONFIG) and facts(alone)["reward_model"] == "reward_model@latest"
+    with pytest.raises(ConfigError, match="name a reward, or a reward_model"):
+        dataclasses.replace(CONFIG, rewards={})
 
 
 def test_the_default_reward_reads_the_prompts_check(make: Make) -> None:

@@ -105,15 +105,19 @@ def _at_equal_length(wins: NDArray[np.float64], terms: NDArray[np.float64], ridg
 def kl_to(reference: Transformer, sample: Sample, temperature: float) -> Interval | None:
     """Return the mean KL(policy || reference) per completion in nats, with its 95% interval.
 
-    The estimate is `sum(log p - log ref)` over each sampled completion, both at the sampling temperature: unbiased, and
-    at one seed it may come out slightly negative. None for a base model, which reads another prompt, and for greedy
-    completions, which are no sample.
+    The estimate is unbiased, and at one seed it may come out slightly negative. None for a base model, which reads
+    another prompt, and for greedy completions, which are no sample.
     """
     if sample.is_base or not temperature > 0:
         return None
+    return mean_interval(log_ratios(reference, sample, temperature))
+
+
+def log_ratios(reference: Transformer, sample: Sample, temperature: float) -> list[float]:
+    """Return `sum(log p - log ref)` over each sampled completion (nats), both at the sampling temperature."""
     rows = [
         ([*ids, *c.token_ids], [False] * len(ids) + [True] * len(c.token_ids))
         for ids, c in zip(sample.encoded, sample.completions, strict=True)
     ]
     refs = row_logprobs(reference, rows, temperature=temperature)
-    return mean_interval([sum(c.logprobs) - sum(ref) for c, ref in zip(sample.completions, refs, strict=True)])
+    return [sum(c.logprobs) - sum(ref) for c, ref in zip(sample.completions, refs, strict=True)]

@@ -83,6 +83,15 @@ def check_reward(prompts: Sequence[Conversation], completions: Sequence[Completi
     return rewards
 
 
+def ended(prompts: Sequence[Conversation], completions: Sequence[Completion]) -> list[float]:
+    """Return 0 for each completion that came to its end, -1 for one cut at the length limit: a Reward.
+
+    PPO and rejection sampling have it as `missing_eos_penalty`. A learned reward has hardly seen such completions, and
+    a policy that finds it kind to them never stops.
+    """
+    return [0.0 if completion.finish_reason == "stop" else -1.0 for completion in completions]
+
+
 def last_number(text: str) -> str | None:
     """Return the last number in a text as it is written, or None; the minus of `5-3` is not a sign."""
     found = _NUMBER.findall(text)

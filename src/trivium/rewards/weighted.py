@@ -11,14 +11,19 @@ from trivium.config import load_attribute
 from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import Generated
 from trivium.records import Completion, Conversation
+from trivium.rewards.verifiable import Reward
 
 
 class WeightedRewards:
     """The sum of several rewards of (prompts, completions), each times its weight."""
 
-    def __init__(self, table: Mapping[str, float]) -> None:
-        """Load the functions, `"module:attribute"` each; raises ConfigError where one cannot be found."""
-        self._parts = [(load_attribute(name), weight) for name, weight in table.items()]
+    def __init__(self, table: Mapping[str, float], learned: Sequence[Reward] = ()) -> None:
+        """Load the functions, `"module:attribute"` each; raises ConfigError where one cannot be found.
+
+        `learned`: rewards that are there already, each with weight 1.
+        """
+        self._parts: list[tuple[Reward, float]] = [(load_attribute(name), weight) for name, weight in table.items()]
+        self._parts += [(reward, 1.0) for reward in learned]
 
     def __call__(self, prompts: Sequence[Conversation], completions: Sequence[Completion]) -> Tensor:
         """Return the weighted sum for each completion, fp32 [N]; every function is asked once, for all of them."""

@@ -29,6 +29,7 @@ from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
 from trivium.models.lora import LoraConfig, adapter_facts, policy_and_reference, training_flops
 from trivium.models.transformer import Transformer
+from trivium.rewards.learned import LearnedReward
 from trivium.rewards.weighted import WeightedRewards, as_completions
 from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
@@ -64,6 +65,8 @@ class Config:
     """Passed to code in `prompts`."""
     rewards: dict[CodeRef, float] = field(default_factory=lambda: {"trivium.rewards.verifiable:check_reward": 1.0})
     """`module:attribute` of (prompts, completions) -> rewards, each with its weight."""
+    reward_model: Dial[Ref] = ""
+    """Its score is added with weight 1; with `rewards = {}` it is the whole reward. Empty: none."""
     iterations: int = 40
     """Rounds of sampling and updating."""
     prompts_per_round: int = 16
@@ -97,6 +100,8 @@ class Config:
         smallest = 1 if self.estimator == "reinforce++" else 2
         bounds(self, iterations=(1, None), prompts_per_round=(1, None), minibatches=(1, None), save_every=(1, None))
         bounds(self, beta=(0, None), clip_range=(1e-4, 1), group_size=(smallest, None))
+        if not (self.rewards or self.reward_model):
+            raise ConfigError("rewards = {}: name a reward, or a reward_model")
         refuse_meaningless(self)
 
 
@@ -160,7 +165,8 @@ class Trainer:
         self.modules = {"policy": self.policy}
         self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
-        self.rewards = WeightedRewards(config.rewards)
+        learned = [LearnedReward.from_folder(run.model("reward_model"), device=device)] if config.reward_model else []
+        self.rewards = WeightedRewards(config.rewards, learned)
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
         longest = room_for_prompt(self.policy, config.sampling)
         self.prompts = PromptSet(run, self.tokenizer, config.prompts, config.options, longest=longest)

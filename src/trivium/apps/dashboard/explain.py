@@ -102,6 +102,14 @@ STAGES: dict[str, Explanation] = {
         watch="The average reward: it is the share of answers that pass the check.",
         headline=("rollout/reward", "rollout/kl"),
     ),
+    "rejection_sampling": Explanation(
+        title="Learning from the best of many",
+        about="The model answers each prompt several times, the reward model picks the best answer, and the model is "
+        "fine-tuned on what was picked. Then it answers again. Nothing but fine-tuning, at the price of many "
+        "answers written for each one learned.",
+        watch="How far the picked answers are above the average: that is what a round can teach.",
+        headline=("rollout/picked_score", "rollout/score", "rollout/true_taste", "rollout/kl"),
+    ),
     "constitutional_ai": Explanation(
         title="Learning from principles",
         about="Instead of people, written principles judge. The model's answer is criticised in the light of a "
@@ -145,6 +153,8 @@ METRICS: dict[str, str] = {
     "eval/accuracy": "The same share on held-out pairs. 0.5 is a coin.",
     "train/margin": "By how much the implicit reward of the chosen answer exceeds that of the rejected one, in nats.",
     "rollout/score": "Mean reward-model score of the sampled answers, before the KL penalty.",
+    "rollout/picked_score": "Mean reward-model score of the answers that were picked to learn from.",
+    "rollout/picked_frac": "Share of the answers to be picked that were good enough to be learned.",
     "rollout/reward": "Mean reward of the sampled answers.",
     "rollout/kl": "How far the policy has moved from the reference, in nats per answer (an estimate from samples).",
     "rollout/length": (
@@ -175,6 +185,7 @@ SPECIMENS: dict[str, str] = {
     "masked_conversation": "Highlighted tokens are trained; the others are only read.",
     "ranking": "Answers to one prompt as they were ranked, best first.",
     "rollout": "Sampled answers, token by token. Choose what the colour shows.",
+    "candidates": "All answers to one prompt, best first by the reward model; the picked ones are learned.",
     "generation": "One question, answered by every model.",
     "tokens": "A held-out text, cut into tokens.",
     "revision": "An answer, its critique in the light of a principle, and the rewritten answer.",

@@ -36,6 +36,7 @@ CURVES: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "ppo": ((("rollout/score", "learned reward"),), "reward"),
     "dpo": ((("train/loss", "training"),), "nats per pair"),
     "grpo": ((("rollout/reward", "checked reward"),), "reward"),
+    "rejection_sampling": ((("rollout/score", "all answers"), ("rollout/picked_score", "picked ones")), "reward"),
     "constitutional_ai": ((("train/loss", "training"),), "nats per token"),
 }
 MAX_POINTS = 240
@@ -62,7 +63,7 @@ def training_charts(sources: Sources) -> list[Chart]:
         curves = [(label, source.curves[name]) for name, label in metrics if source and source.curves.get(name)]
         if source and curves:
             charts.append(_training_chart(source, stage, curves, metrics, unit))
-        else:
+        elif source or stage != "rejection_sampling":  # no part of the demo
             why = "no curve recorded" if source else sources.missing(stage).main
             charts.append(Chart(key=f"curve-{stage}", title=LABELS[stage], caption=why))
     return charts

@@ -167,7 +167,8 @@ def _seeds(sources: Sources) -> str:
 
 
 def _unfinished(sources: Sources) -> str:
-    trained = [stage for stage in STAGES if stage not in ("adapt", "export") and sources.find(stage) is None]
+    optional = ("adapt", "rejection_sampling", "export")
+    trained = [stage for stage in STAGES if stage not in optional and sources.find(stage) is None]
     return f"Not run, or not finished, in this workspace: {join(LABELS[s] for s in trained)}." if trained else ""
 
 

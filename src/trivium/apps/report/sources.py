@@ -27,6 +27,7 @@ LABELS = {
     "ppo": "PPO",
     "dpo": "DPO",
     "grpo": "GRPO",
+    "rejection_sampling": "Rejection sampling",
     "constitutional_ai": "Constitutional AI",
     "evaluate": "Evaluation",
     "export": "Export",
@@ -39,6 +40,7 @@ MODELS = {
     "ppo": "PPO",
     "dpo": "DPO",
     "grpo": "GRPO",
+    "rejection_sampling": "Rej. sampling",
 }
 MODELS |= {"constitutional_ai": "Const. AI"}
 

@@ -18,6 +18,7 @@ GOALS = {
     "the SFT model.",
     "dpo": "Learn from the same comparisons directly: no reward model, no sampling while training.",
     "grpo": "Raise a reward that a program can check, each completion compared with others to the same prompt.",
+    "rejection_sampling": "Answer many times, let the learned reward pick the best, and imitate that.",
     "constitutional_ai": "Let written principles judge: critique a response, revise it, and train on the revision.",
 }
 ROWS = (
@@ -44,6 +45,7 @@ HEADLINES = {
     "ppo": ("win_rate", "instruction_following", "style"),
     "dpo": ("win_rate", "instruction_following", "style"),
     "grpo": ("arithmetic_steps", "arithmetic", "win_rate"),
+    "rejection_sampling": ("win_rate", "instruction_following", "style"),
     "constitutional_ai": ("refusal", "win_rate"),
 }
 """What each kind of model is held against in the comparison; the second table holds every task."""
@@ -53,6 +55,9 @@ Cells = tuple[Cell, ...]
 
 def stage_tables(sources: Sources) -> tuple[Table, Table]:
     """Return the table of the three classical stages, and the one of the other ways to learn from judgements."""
+    others = [("dpo", "DPO"), ("grpo", "GRPO"), ("constitutional_ai", "Constitutional AI")]
+    if sources.find("rejection_sampling"):  # no part of the demo: where it did not run, nothing is missing
+        others.insert(2, ("rejection_sampling", "Rejection sampling"))
     return (
         _table(
             sources,
@@ -67,7 +72,7 @@ def stage_tables(sources: Sources) -> tuple[Table, Table]:
             "Other ways to learn from judgements",
             "The same questions put to the methods that stand beside PPO. All of them start from the same SFT "
             "model unless the lineage below says otherwise.",
-            (("dpo", "DPO"), ("grpo", "GRPO"), ("constitutional_ai", "Constitutional AI")),
+            tuple(others),
         ),
     )
 
@@ -139,7 +144,7 @@ def supervision_cells(sources: Sources, stage: str) -> list[Cell]:
         return [phrase("Next token: the text is its own label.")]
     if stage == "sft":
         return [_pairs_by(source) if source else sources.missing(stage)]
-    if stage in ("ppo", "dpo"):
+    if stage in ("ppo", "dpo", "rejection_sampling"):
         return rankings_by(sources)
     if source is None:
         return [sources.missing(stage)]

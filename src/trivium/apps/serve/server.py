@@ -36,7 +36,7 @@ DEADLINE_S = 120.0
 DRAIN_S = 5.0
 """How long running answers may go on after SIGTERM or Ctrl-C."""
 
-ORDER = ("pretrain", "sft", "dpo", "ppo", "grpo", "constitutional_ai", "adapt", "export")
+ORDER = ("pretrain", "sft", "dpo", "ppo", "grpo", "rejection_sampling", "constitutional_ai", "adapt", "export")
 """The stages that leave a model to talk to, in the order in which they are put side by side."""
 
 

@@ -62,6 +62,16 @@ function revision(v) {
   return [field("prompt", promptText(v.prompt)), field("first answer", v.response, "before"), field("critique", v.critique), field("rewritten", v.revision, "after")];
 }
 
+/** All answers to one prompt, best first. @param {any} v */
+function candidates(v) {
+  const list = el("ol", { class: "ranks" });
+  for (const answer of v.answers) {
+    const said = el("span", { class: answer.picked ? "passed" : "hint", text: `score ${short(answer.score)}${answer.picked ? ", picked" : ""}` });
+    list.append(el("li", {}, el("p", { class: "text", text: asText(answer.text) }), said));
+  }
+  return [field("prompt", promptText(v.prompt)), list];
+}
+
 const SIGNALS = {
   advantages: "Advantage: green tokens led to more reward than expected and become more likely; red ones less.",
   kl: "KL: where the policy and the reference disagree, in nats. Green: now more likely than before; red: less.",
@@ -101,11 +111,12 @@ const KINDS = {
   tokens: [tokens, ["tokens"]],
   revision: [revision, ["revision"]],
   rollout: [rollout, ["tokens"]],
+  candidates: [candidates, ["answers"]],
 };
 
 const TITLES = {
   dropped: "Dropped documents", masked_conversation: "What is trained", ranking: "Ranked groups", revision: "Revisions",
-  rollout: "Rollouts", generation: "Answers side by side", tokens: "Text as tokens",
+  rollout: "Rollouts", generation: "Answers side by side", candidates: "Best of many", tokens: "Text as tokens",
 };
 
 /**

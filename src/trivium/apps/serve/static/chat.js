@@ -24,6 +24,7 @@ const STAGES = {
   dpo: "learnt from rankings, directly",
   ppo: "learnt from rankings, by reward",
   grpo: "learnt from checked answers",
+  rejection_sampling: "learnt from its own best answers",
   constitutional_ai: "learnt from written principles",
 };
 
