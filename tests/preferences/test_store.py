@@ -376,3 +376,26 @@ def test_a_database_of_version_1_is_opened_kept_and_written(store):
         if again._engine.dialect.name == "sqlite":
             with pytest.raises(sa.exc.IntegrityError, match="append-only"), again.writing() as connection:
                 connection.execute(sa.text("UPDATE rankings SET soft = '[]'"))
+
+
+def test_pairs_and_unpaired_labels_are_the_fields_schemas_and_come_back(store, tmp_path):
+    """By hand: b > a = c is two pairs; good is the best group, bad the last, and none acceptable is all bad."""
+    from trivium.data.sources import load_preferences
+
+    first, second, third = store.add_tasks("c", [ask("p", "abc"), ask("q", "ab"), ask("r", "ab")])
+    store.submit(rank(first, (1, (0, 2))), "c")
+    store.submit(rank(second, ((0, 1),)), "c")
+    store.submit(rank(third, (0, 1), none_acceptable=True), "c")
+    assert store.export_jsonl(tmp_path / "pairs.jsonl", "c", schema="pairs") == 2 + 0 + 1
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [(x["chosen"][0]["content"], x["rejected"][0]["content"]) for x in lines[:2]] == [
+        ("p b", "p a"),
+        ("p b", "p c"),
+    ]
+    found = list(load_preferences("pairs.jsonl", base=tmp_path))
+    assert [(j.responses, j.groups, j.annotator) for j in found[:1]] == [(["p b", "p a"], [[0], [1]], "ann")]
+    assert store.export_jsonl(tmp_path / "labels.jsonl", "c", schema="unpaired") == 3 + 0 + 2
+    labels = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [(x["completion"][0]["content"], x["label"]) for x in labels] == [
+        ("p a", False), ("p b", True), ("p c", False), ("r a", False), ("r b", False)
+    ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -53,6 +53,8 @@ class FileOptions(DatabaseOptions):
     """The file that is written, or read."""
     collection: str | None = None
     """Export the judgements of this collection alone."""
+    schema: Literal["rankings", "pairs", "unpaired"] = "rankings"
+    """Export whole `rankings`, `pairs` (prompt, chosen, rejected), or `unpaired` labels (KTO)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +140,8 @@ def _export(words: Sequence[str]) -> int:
     from trivium.preferences.store import Store
 
     with Store(options.location(), create=False) as store:
-        number = store.export_jsonl(options.file, options.collection)
-    print(f"{number} rankings written to {options.file}")
+        number = store.export_jsonl(options.file, options.collection, schema=options.schema)
+    print(f"{number} lines written to {options.file}")
     return 0
 
 

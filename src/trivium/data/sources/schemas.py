@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
+from trivium.data.sources.annotation_tools import is_argilla, is_label_studio, read_argilla, read_label_studio
 from trivium.data.sources.files import extract_html
 from trivium.data.sources.intake import BadRecord
 from trivium.records import AnnotatorKind, Conversation, Document, Message, Role, ToolCall, to_tool_calls
@@ -86,8 +87,12 @@ def to_prompt(row: Row) -> Conversation:
 
 
 def to_judgements(row: Row) -> list[Judgement]:
-    """Return every annotator's judgement in a row."""
-    if "chosen" in row and "rejected" in row:
+    """Return every annotator's judgement in a row: of our own schemas, the field's, or an annotation tool's export."""
+    tool = read_label_studio if is_label_studio(row) else read_argilla if is_argilla(row) else None
+    if tool is not None:
+        asked, texts, given = tool(row)
+        prompt = to_prompt({"prompt": asked})
+    elif "chosen" in row and "rejected" in row:
         prompt, texts = _chosen_rejected(row)
         given = [(str(row.get("annotator", "dataset")), [[0], [1]])]
     elif "response_a" in row and "response_b" in row:

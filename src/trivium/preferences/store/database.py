@@ -361,14 +361,12 @@ class Store:
         """Return the SHA-256 of what `rankings` says: equal judgements, equal digest, whenever they were given."""
         return export.digest(self.rankings(collection, kinds))
 
-    def export_jsonl(
-        self, path: Path, collection: str | None = None, kinds: Collection[AnnotatorKind] | None = None
-    ) -> int:
-        """Write the rankings as JSON Lines in the field's schema and return how many there were."""
-        found = self.ranking_rows(collection, kinds)
+    def export_jsonl(self, path: Path, collection: str | None = None, *, schema: str = "rankings") -> int:
+        """Write the rankings as JSON Lines in one of the field's schemas (`export.WRITERS`); return the lines."""
+        found = self.ranking_rows(collection)
         prompts = self.prompts(row["prompt_id"] for row in found)
         completions = self.completions(name for row in found for name in row["completion_ids"])
-        return export.write(path, found, prompts, completions)
+        return export.WRITERS[schema](path, found, prompts, completions)
 
     # ---- the database ----
 
