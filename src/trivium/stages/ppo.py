@@ -31,6 +31,7 @@ from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
 from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
+from trivium.training.guard import Guards
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -120,6 +121,7 @@ def run(config: Config, run: Run) -> None:
     saver = Checkpointer(run, modules=ppo.modules, optimizers=ppo.optimizers)
     checkpoint = saver.resume()
     ppo.controller.value = checkpoint.state["kl_coef"] if checkpoint else config.kl_coef
+    ppo.guards.restore(checkpoint.state.get("guards", {}) if checkpoint else {})
     start = checkpoint.step if checkpoint else 0
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
@@ -132,7 +134,7 @@ def run(config: Config, run: Run) -> None:
             ppo.controller.update(kl, config.batch_size)
             advance(score=float(batch.scores.mean()), kl=kl)
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
-                saver.save(round_ + 1, {"kl_coef": ppo.controller.value})
+                saver.save(round_ + 1, {"kl_coef": ppo.controller.value, "guards": ppo.guards.state()})
             saver.leave_if_asked(round_ + 1)
     with whole(ppo.policy):
         if run.owner:
@@ -154,13 +156,11 @@ class Trainer:
         self.config, self.run = config, run
         check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
         device, dtype = device_of(run.settings), weight_dtype(run.settings)
-        folder = run.model("policy")
-        self.tokenizer = Tokenizer.load(folder)
+        base = run.model("policy")
+        self.tokenizer = Tokenizer.load(base)
         if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
             raise ConfigError(f"{run.id}: policy and reward model have different tokenizers; train one from the other")
-        self.policy, self.reference = policy_and_reference(
-            folder, config.lora, device=device, dtype=dtype, seed=run.seed
-        )
+        self.policy, self.reference = policy_and_reference(base, config.lora, device=device, dtype=dtype, seed=run.seed)
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
         self.value = trained_copy(self.reward.model, config.lora, dtype=dtype, seed=run.seed + 1)
         torch.nn.init.zeros_(self.value.score.weight)  # every value starts at 0; only the features are the reward's
@@ -170,6 +170,7 @@ class Trainer:
             "value": spread(self.value, partial(value_objective, self.value, config), run.settings),
         }
         self.optimizers = {name: Optimizer(module, config.optim) for name, module in self.modules.items()}
+        self.guards = Guards(run, self.modules)
         self.controller = losses.AdaptiveKL(config.kl_coef, config.kl_target or None, horizon=10 * config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
@@ -202,8 +203,7 @@ class Trainer:
             old = rows_over_ranks(tokens, partial(completion_logprobs, self.policy, temperature=temperature))
             reference = rows_over_ranks(tokens, partial(reference_logprobs, self.reference, temperature=temperature))
             values = rows_over_ranks(tokens, partial(token_values, self.value)).masked_fill(~mask, 0.0)
-        kl = losses.kl_k1(old, reference)
-        rewards = losses.shape_rewards(scores.to(device), kl, mask, self.controller.value)
+        rewards = losses.shape_rewards(scores.to(device), losses.kl_k1(old, reference), mask, self.controller.value)
         advantages, returns = losses.gae(rewards, values, mask, config.gamma, config.lam)
         return RolloutBatch(
             tokens=tokens,
@@ -227,8 +227,8 @@ class Trainer:
             for rows in torch.randperm(len(batch.scores), generator=generator).tensor_split(config.minibatches):
                 part = select_rows(batch, share(rows))
                 step = partial(train_step, lr_scale=scale, precision=autocast(self.run.settings))
-                policy = step(self.objectives["policy"], [part], self.optimizers["policy"])
-                value = step(self.objectives["value"], [part], self.optimizers["value"])
+                took = {name: step(self.objectives[name], [part], self.optimizers[name]) for name in self.modules}
+                policy, value = (self.guards.take(name, result, round_ + 1) for name, result in took.items())
                 figures = {"policy_loss": policy.loss, "value_loss": value.loss, "grad_norm": policy.grad_norm}
                 figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}
                 for name, figure in figures.items():
