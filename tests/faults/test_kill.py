@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_r5_a_second_sigterm_ends_it_at_once_and_costs_nothing(
             break
     assert landed == signals, "it is never stopped in time"
     workspace.run(table)
+    assert_equal(workspace, whole, table)
+
+
+def test_r1_answers_that_were_written_are_not_sampled_again_and_still_counted(whole: Workspace, tmp_path: Path) -> None:
+    """Killed between the answers and the first checkpoint: the answers stay, and so does what they cost."""
+    table = "constitutional_ai"
+    workspace = whole.copy(tmp_path / "w", without=table)
+    child = workspace.start(table)
+    while not (found := list((workspace.folder / table).glob("*/revisions.jsonl"))):
+        assert child.poll() is None, child.log.read_text()[-3000:]
+        time.sleep(0.002)
+    assert child.send(signal.SIGKILL), "it was done before it could be killed"
+    child.wait()
+    shutil.rmtree(found[0].parent / "checkpoints", ignore_errors=True)
+    (found[0].parent / "checkpoints").mkdir()  # as the writer leaves it when it is killed at its first checkpoint
+    written = found[0].stat().st_mtime_ns
+    workspace.run(table)
+    assert found[0].stat().st_mtime_ns == written
     assert_equal(workspace, whole, table)
 
 

@@ -12,6 +12,7 @@ uses a scripted critic, and what that ranks is stored as `simulated`, not as `ai
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,16 @@ from trivium.losses.cross_entropy import head_cross_entropy
 from trivium.models.hf import load_model, save_model
 from trivium.models.transformer import Transformer
 from trivium.preferences.store import Store
-from trivium.records import AnnotatorKind, Completion, Conversation, Message, Ranking, read_jsonl, write_jsonl
+from trivium.records import (
+    AnnotatorKind,
+    Completion,
+    Conversation,
+    Message,
+    Ranking,
+    atomic_write,
+    read_jsonl,
+    write_jsonl,
+)
 from trivium.rewards.constitution import Principle, critique_prompt, load_principles, revision_prompt
 from trivium.runs.manifest import Run
 from trivium.training.distributed import data_ranks, decide, device_of, first_alone, weight_dtype
@@ -146,8 +156,10 @@ def run(config: Config, run: Run) -> None:
 
 def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer) -> list[dict[str, Any]]:
     """Return prompt, responses, principle, critique and revision of every prompt; a resumed run reads its file."""
-    path = run.dir / "revisions.jsonl"
+    path, spent = run.dir / "revisions.jsonl", run.dir / "spent.json"
     if path.exists():
+        if not run.cost().tokens:  # killed after the answers and before the first checkpoint, which would know
+            run.spend(**json.loads(spent.read_text(encoding="utf-8")))
         return list(read_jsonl(path))
     principles = load_principles(config.principles, base=run.base)
     longest = room_for_prompt(model, config.sampling)
@@ -175,6 +187,8 @@ def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Trans
         {"prompt": p.as_dicts(), "responses": t, "principle": _plain(rule), "critique": c, "revision": v}
         for p, t, rule, c, v in zip(prompts, responses, rules, critiques, revisions, strict=True)
     ]
+    cost = run.cost()
+    atomic_write(spent, json.dumps({"tokens": cost.tokens, "flops": cost.flops}))
     write_jsonl(path, rows)
     return rows
 
