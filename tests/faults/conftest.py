@@ -25,7 +25,8 @@ from torch import nn
 
 from trivium.config import RunSettings, UserError, load_recipe
 from trivium.pipeline import run_recipe
-from trivium.records import RunManifest
+from trivium.preferences.store import Store
+from trivium.records import Ranking, RunManifest
 from trivium.runs.manifest import Run
 from trivium.runs.registry import list_runs
 from trivium.training import checkpoint_folder as disk
@@ -52,7 +53,7 @@ num_layers = 1
 num_heads = 2
 num_kv_heads = 1
 intermediate_size = 32
-context = 32
+context = 256
 prompts = ["A"]
 fit.steps = 20
 fit.batch_size = 4
@@ -70,8 +71,61 @@ fit.log_every = 1
 fit.eval_every = 7
 fit.save_every = 3
 fit.guard = { spike_factor = 3.0, window = 4 }
+[collect_comparisons]
+prompts = ["trivium.data.microworld:preference_prompts"]
+options = { num = 24 }
+num_responses = 3
+annotators = "trivium.data.microworld:annotators"
+sampling = { max_new_tokens = 8 }
+[reward_model]
+heldout_frac = 0.3
+fit = { steps = 20, batch_size = 4, log_every = 1, eval_every = 7, save_every = 3 }
+[dpo]
+heldout_frac = 0.3
+fit = { steps = 20, batch_size = 4, log_every = 1, eval_every = 7, save_every = 3 }
+[ppo]
+prompts = ["trivium.data.microworld:preference_prompts"]
+options = { num = 12 }
+judge = "trivium.data.microworld:taste"
+iterations = 8
+batch_size = 6
+kl_target = 1.0
+save_every = 3
+sampling = { max_new_tokens = 8 }
+[grpo]
+prompts = ["trivium.data.microworld:arithmetic_prompts"]
+options = { num = 10 }
+iterations = 8
+prompts_per_round = 4
+group_size = 3
+minibatches = 3
+rewards = { "reward_for_fault_tests:first_token" = 1.0 }
+save_every = 3
+sampling = { max_new_tokens = 8 }
+[constitutional_ai]
+prompts = ["trivium.data.microworld:red_team_prompts"]
+options = { num = 10 }
+principles = "trivium.data.microworld:principles"
+judge = "trivium.data.microworld:judge"
+replay = ["trivium.data.microworld:instructions"]
+replay_options = { num = 12 }
+sampling = { max_new_tokens = 8 }
+fit = { steps = 12, batch_size = 4, log_every = 1, save_every = 3 }
 """
 TABLES = ("data_prep", "train_tokenizer", "pretrain", "sft")
+"""What every experiment needs done before it."""
+RANKED = ("collect_comparisons", "reward_model", "dpo", "ppo", "grpo", "constitutional_ai")
+"""What is done when somebody asks for it, each after those before it that it needs."""
+NEEDS = {
+    "reward_model": ("collect_comparisons",),
+    "dpo": ("collect_comparisons",),
+    "ppo": ("collect_comparisons", "reward_model"),
+}
+LOGGED = {"train/loss", "train/policy_loss"}
+"""What a stage says of each step (round) that it has done."""
+
+
+sys.path.append(str(Path(__file__).parent))  # for the reward that the recipe names
 
 
 def repeated(**counts: tuple[int, int]) -> pytest.MarkDecorator:
@@ -150,11 +204,21 @@ class Workspace:
         """The workspace itself."""
         return self.place / "w"
 
-    def start(self, *tables: str) -> Child:
-        """Start these tables in a process of their own."""
+    def write_recipe(self) -> Path:
+        """Write the recipe beside the workspace and return its path."""
         path = self.place / "recipe.toml"
         path.write_text(self.recipe)
-        return fork(lambda: run_recipe(load_recipe(path), workspace=self.folder, only=tables), self.place / "log")
+        return path
+
+    def start(self, *tables: str, first: Callable[[], object] = lambda: None) -> Child:
+        """Start these tables in a process of their own, which does `first` before."""
+        path = self.write_recipe()
+
+        def work() -> None:
+            first()
+            run_recipe(load_recipe(path), workspace=self.folder, only=tables)
+
+        return fork(work, self.place / "log")
 
     def run(self, *tables: str) -> str:
         """Run these tables to their end and return what was printed."""
@@ -178,7 +242,7 @@ class Workspace:
         """Return the last step whose loss was logged, 0 for none."""
         logs = (self.folder / table).glob(f"*/{LOGS[0]}")
         rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-        return max((row["step"] for row in rows if row["name"] == "train/loss"), default=0)
+        return max((row["step"] for row in rows if row["name"] in LOGGED), default=0)
 
     def interrupt(self, table: str, number: int) -> Path:
         """Start a table, send it a signal once it has a checkpoint, and return that newest checkpoint."""
@@ -190,16 +254,45 @@ class Workspace:
         child.wait()
         return disk.listing(found[0].parent)[-1]
 
+    def finish(self, table: str) -> Workspace:
+        """Run a table, and what it needs, unless that is done; return the workspace."""
+        for name in (*NEEDS.get(table, ()), table):
+            if name not in self.seconds:
+                began = time.monotonic()
+                self.run(name)
+                self.seconds[name] = time.monotonic() - began
+            if name == "collect_comparisons" and not (self.place / "before").exists():
+                # Some stages add rankings, which a run that has not begun must not find there.
+                shutil.copytree(self.folder, self.place / "before", ignore=lambda *_: BESIDE)
+        return self
+
+    def has_begun(self, table: str, child: Child) -> None:
+        """Wait until a table's run has its folder (or has ended): before that, a SIGTERM is nothing."""
+        while not list((self.folder / table).glob("*/events.jsonl")) and child.poll() is None:
+            time.sleep(0.002)
+
     def copy(self, place: Path, *, without: str) -> Workspace:
-        """Return a copy in which `without`, and what stands below it, has not begun."""
+        """Return a copy in which `without`, and what stands below it, has not begun; here, it is done."""
+        self.finish(without)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        later = TABLES[TABLES.index(without) :]
-        shutil.copytree(self.folder, place / "w", ignore=lambda at, _: later if Path(at) == self.folder else ())
+        order = (*TABLES, *RANKED)
+        needed = {*TABLES, *NEEDS.get(without, ())} - {*TABLES[order.index(without) :]}
+        (place / "w").mkdir()
+        for table in sorted(needed & {path.name for path in self.folder.iterdir()}):
+            shutil.copytree(self.folder / table, place / "w" / table)
+        for database in (self.place / "before").glob("preferences.db*"):
+            shutil.copy(database, place / "w")
         return Workspace(place=place, seconds=self.seconds)
+
+    def rankings(self, collection: str) -> list[Ranking]:
+        """Return the rankings of a collection, in an order of their own."""
+        with Store(self.folder / "preferences.db") as store:
+            return sorted(store.rankings(collection), key=lambda ranking: ranking.id)
 
 
 LOGS = ("events.jsonl", "specimens.jsonl")
+BESIDE = (*TABLES, *RANKED)
 
 
 @pytest.fixture(scope="session")
@@ -208,9 +301,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     torch.set_num_threads(1)
     workspace = Workspace(place=tmp_path_factory.mktemp("whole"))
     for table in TABLES:
-        began = time.monotonic()
-        workspace.run(table)
-        workspace.seconds[table] = time.monotonic() - began
+        workspace.finish(table)
     return workspace
 
 
@@ -224,6 +315,8 @@ def assert_equal(workspace: Workspace, whole: Workspace, table: str) -> None:
     assert [a.path for a in manifest.artifacts] == [a.path for a in expected.artifacts]
     assert (manifest.cost.tokens, manifest.cost.flops) == (expected.cost.tokens, expected.cost.flops)
     assert not list(folder.rglob("*.tmp")) and not (folder / "checkpoints").exists()
+    if table in RANKED:
+        assert workspace.rankings(manifest.run_id) == whole.rankings(expected.run_id)
 
 
 class Net(nn.Module):

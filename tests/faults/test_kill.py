@@ -1,13 +1,15 @@
 """R1, R5: a process killed or asked to stop at any instant, and started again by the same command.
 
-Pre-training with a moving average, and fine-tuning with the spike guard, on one thread; a checkpoint every 3 steps, an
-evaluation every 7, so that the two fall together and apart.
+Every stage that trains, on one thread: pre-training with a moving average, fine-tuning with the spike guard, PPO with
+the adaptive controller, Constitutional AI whose critic and reviser are the model itself. A checkpoint every 3 steps (or
+rounds), an evaluation every 7, so that the two fall together and apart.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -18,16 +20,24 @@ from trivium.records import from_dict
 from trivium.runs.manifest import RunManifest
 from trivium.training import checkpoint_folder as disk
 
-from .conftest import Workspace, assert_equal, repeated
+from .conftest import Workspace, assert_equal
 
-TRAINED = pytest.mark.parametrize("table", ["pretrain", "sft"])
+ALIGNED = ("reward_model", "dpo", "ppo", "grpo", "constitutional_ai")
 
 
-@TRAINED
+def experiments(name: str, few: dict[str, int], full: int) -> pytest.MarkDecorator:
+    """Parametrize by table and by how often `name`: so often in CI, `full` times in the soak."""
+    slow = (pytest.mark.slow, pytest.mark.timeout(3600))
+    short = [pytest.param(table, count, id=f"{table}-{count}") for table, count in few.items()]
+    long = [pytest.param(table, full, id=f"{table}-{full}", marks=slow) for table in few]
+    return pytest.mark.parametrize(("table", name), [*short, *long])
+
+
 @pytest.mark.parametrize("seed", [1])
-@repeated(kills=(4, 50))
+@experiments("kills", {"pretrain": 4, "sft": 4} | dict.fromkeys(ALIGNED, 2), 50)
 def test_r1_killed_at_random_instants(whole: Workspace, tmp_path: Path, table: str, seed: int, kills: int) -> None:
     """SIGKILL: weights equal to the bit, logs but for clock times, nothing to do by hand, nothing left over."""
+    whole.finish(table)
     rng = random.Random(seed)
     workspace = whole.copy(tmp_path / "w", without=table)
     landed = finished = 0
@@ -44,13 +54,13 @@ def test_r1_killed_at_random_instants(whole: Workspace, tmp_path: Path, table: s
     assert_equal(workspace, whole, table)
 
 
-@TRAINED
 @pytest.mark.parametrize("seed", [2])
-@repeated(signals=(3, 20))
+@experiments("signals", {"pretrain": 3, "sft": 3} | dict.fromkeys(ALIGNED, 2), 20)
 def test_r5_asked_to_stop_at_random_instants(
     whole: Workspace, tmp_path: Path, table: str, seed: int, signals: int
 ) -> None:
     """SIGTERM: exit code 143, the checkpoint is of the last step that was logged, and the same command goes on."""
+    whole.finish(table)
     rng = random.Random(seed)
     workspace = whole.copy(tmp_path / "w", without=table)
     landed = finished = 0
@@ -69,6 +79,56 @@ def test_r5_asked_to_stop_at_random_instants(
             workspace = whole.copy(tmp_path / "w", without=table)
         assert finished <= 10 * signals, "it is never stopped in time"
     workspace.run(table)
+    assert_equal(workspace, whole, table)
+
+
+@pytest.mark.parametrize("seed", [3])
+@experiments("signals", dict.fromkeys(("sft", "ppo", "grpo", "constitutional_ai"), 1), 20)
+def test_r5_a_second_sigterm_ends_it_at_once_and_costs_nothing(
+    whole: Workspace, tmp_path: Path, table: str, seed: int, signals: int
+) -> None:
+    """Two SIGTERMs within 20 ms, in a rollout as in a save: exit code 143 within 10 s, resumed to the same end."""
+    whole.finish(table)
+    rng = random.Random(seed)
+    workspace = whole.copy(tmp_path / "w", without=table)
+    landed = 0
+    for _ in range(10 * signals):
+        child = workspace.start(table)
+        workspace.has_begun(table, child)
+        time.sleep(rng.uniform(0.0, 0.8 * whole.seconds[table]))
+        began = time.monotonic()
+        child.send(signal.SIGTERM)
+        time.sleep(rng.uniform(0.0, 0.02))
+        child.send(signal.SIGTERM)
+        code = child.wait()
+        assert code in (0, 143), child.log.read_text()[-3000:]
+        assert time.monotonic() - began < 10
+        landed += code == 143
+        if code == 0:
+            assert_equal(workspace, whole, table)
+            workspace = whole.copy(tmp_path / "w", without=table)
+        if landed == signals:
+            break
+    assert landed == signals, "it is never stopped in time"
+    workspace.run(table)
+    assert_equal(workspace, whole, table)
+
+
+def test_r1_answers_that_were_written_are_not_sampled_again_and_still_counted(whole: Workspace, tmp_path: Path) -> None:
+    """Killed between the answers and the first checkpoint: the answers stay, and so does what they cost."""
+    table = "constitutional_ai"
+    workspace = whole.copy(tmp_path / "w", without=table)
+    child = workspace.start(table)
+    while not (found := list((workspace.folder / table).glob("*/revisions.jsonl"))):
+        assert child.poll() is None, child.log.read_text()[-3000:]
+        time.sleep(0.002)
+    assert child.send(signal.SIGKILL), "it was done before it could be killed"
+    child.wait()
+    for saved in (found[0].parent / "checkpoints").glob("step-*"):  # as if it had been killed before its first one
+        shutil.rmtree(saved)
+    written = found[0].stat().st_mtime_ns
+    workspace.run(table)
+    assert found[0].stat().st_mtime_ns == written
     assert_equal(workspace, whole, table)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from trivium.config import ConfigError, UserError
-from trivium.training.guard import Guard, GuardConfig
+from trivium.training.guard import Guard, GuardConfig, Guards
 from trivium.training.step import StepResult
 
 
@@ -64,3 +64,41 @@ def test_a_factor_that_passes_over_every_second_step_is_refused() -> None:
     """Half of all norms are above the median."""
     with pytest.raises(ConfigError, match=r"spike_factor = 1.0: must be at least 1.01"):
         GuardConfig(spike_factor=1.0)
+
+
+class Told:
+    """A run that remembers its notices."""
+
+    id = "r"
+
+    def __init__(self) -> None:
+        self.notices: list[tuple[str, object, int]] = []
+
+    def notice(self, name: str, value: object, step: int) -> None:
+        """Remember."""
+        self.notices.append((name, value, step))
+
+
+def test_a_network_that_learns_does_not_hide_one_that_has_stopped_to() -> None:
+    """PPO's two networks step in turn: the policy's sixth in a row is the end, though every value step is fine."""
+    run = Told()
+    guards = Guards(run, ("policy", "value"))  # type: ignore[arg-type]
+    for _ in range(5):
+        assert guards.take("policy", result(math.nan, skipped=True), 1).skipped
+        assert not guards.take("value", result(1.0), 1).skipped
+    with pytest.raises(UserError, match="r: the gradient was not finite 6 steps in a row"):
+        guards.take("policy", result(math.inf, skipped=True), 2)
+    assert [step for _, _, step in run.notices] == [1] * 5 + [2]
+    assert {value["network"] for _, value, _ in run.notices} == {"policy"}
+
+
+def test_guards_count_on_after_resuming() -> None:
+    """Five before the checkpoint and one after it are six; a checkpoint that has none starts anew."""
+    first, second, third = (Guards(Told(), ("policy",)) for _ in range(3))  # type: ignore[arg-type]
+    for _ in range(5):
+        first.take("policy", result(math.nan, skipped=True), 1)
+    second.restore(first.state())
+    third.restore({})
+    third.take("policy", result(math.nan, skipped=True), 2)
+    with pytest.raises(UserError, match="6 steps in a row"):
+        second.take("policy", result(math.nan, skipped=True), 2)

@@ -42,6 +42,10 @@ class Assistant(Protocol):
         """Yield (number, probabilities of the letters A and B) of questions given for a letter, and in words."""
         ...
 
+    def price(self, number: int, /) -> tuple[int, float]:
+        """Return the tokens and FLOPs that this run spent on the last answer to a question."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
@@ -91,7 +95,11 @@ class Reviewer:
             turns = 4 if purpose % 2 else 6
             asked = [with_examples(one, self.examples, turns, self.assistant.fits) for one in asked]
             found = self.kept.complete(
-                name, asked, Conversation.as_dicts, lambda missing: self.assistant.write(missing, purpose)
+                name,
+                asked,
+                Conversation.as_dicts,
+                lambda missing: self.assistant.write(missing, purpose),
+                self.assistant.price,
             )
         else:
             found = self.kept.complete(
@@ -141,7 +149,7 @@ def compare(
         for first, second in ((texts[i], texts[j]), (texts[j], texts[i])):
             pair = (prompt, first, second, question)
             asked.append((choice_prompt(*pair), comparison_prompt(*pair)))
-    choices = kept.complete("comparison", asked, lambda pair: pair[0].as_dicts(), assistant.choose)
+    choices = kept.complete("comparison", asked, lambda pair: pair[0].as_dicts(), assistant.choose, assistant.price)
     outcome: list[dict[tuple[int, int], float | None]] = [{} for _ in items]
     soft: list[list[tuple[int, int, float]]] = [[] for _ in items]
     counts |= {"asked": len(asked), "malformed": sum(chance_of_a(c) is None for c in choices), "disagreed": 0}

@@ -11,7 +11,9 @@ The kinds, each `{"kind": ..., ...}`; words and answers compare without regard t
     uppercase, lowercase                   has letters, and all of that case
     starts_with, ends_with   text: str     of the text without outer space; here case counts
     number        answer: "17"             the last number in the text
-    regex         pattern: str             found anywhere
+    regex         pattern: str             found anywhere, within a second of processor time
+    code          tests: [str]             statements that hold once the code of the text has run (`assert f(1) == 2`);
+                  setup: str, time_s       what stands before the code, and its time limit (4); both may be left out
     refusal       expected: bool, markers  whether any marker occurs, compared with expected
     all           of: [spec]               every one of them
     taste         (nothing)                graded by a judge in the evaluate stage, never here
@@ -19,13 +21,17 @@ The kinds, each `{"kind": ..., ...}`; words and answers compare without regard t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from trivium.config import UserError, suggest
 from trivium.records import Completion, Conversation
+from trivium.rewards import code
+from trivium.rewards.patterns import searcher
 
 Reward = Callable[[Sequence[Conversation], Sequence[Completion]], list[float]]
 """Every reward has this shape: one number per (prompt, completion)."""
@@ -37,7 +43,8 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 def check(spec: Mapping[str, Any], text: str) -> bool:
     """Return whether `text` meets the specification.
 
-    Raises UserError for one that `validate` refuses, or for kind `taste`, which no program can check.
+    Raises UserError for one that `validate` refuses, for kind `taste`, which no program can check, and for kind `code`
+    where code cannot be shut in.
     """
     validate(spec)
     if spec["kind"] == "taste":
@@ -65,6 +72,8 @@ def validate(spec: Mapping[str, Any]) -> None:
             re.compile(spec["pattern"])
         except re.error as error:
             raise UserError(f"a check has the pattern {spec['pattern']!r}: {error}") from None
+    if kind == "code":
+        code.validate_tests(spec)
     for part in spec["of"] if kind == "all" else ():
         validate(part)
 
@@ -74,13 +83,16 @@ def check_reward(prompts: Sequence[Conversation], completions: Sequence[Completi
 
     Raises UserError for a prompt that brings no check.
     """
-    rewards = []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt in prompts:
         if "check" not in prompt.meta:
             asked = prompt.messages[-1].content[:60]
             raise UserError(f'the prompt {asked!r} has no "check"; a verifiable reward needs one in every prompt')
-        rewards.append(float(check(prompt.meta["check"], completion.text)))
-    return rewards
+    specs, texts = [prompt.meta["check"] for prompt in prompts], [completion.text for completion in completions]
+    if len(specs) != len(texts):
+        raise ValueError(f"{len(specs)} prompts and {len(texts)} completions")
+    # Side by side, because a check of code waits for processes of its own.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [float(passed) for passed in pool.map(check, specs, texts)]
 
 
 def ended(prompts: Sequence[Conversation], completions: Sequence[Completion]) -> list[float]:
@@ -154,7 +166,8 @@ _CHECKS: dict[str, tuple[dict[str, type], Callable[[Mapping[str, Any], str], boo
     "starts_with": ({"text": str}, lambda spec, text: text.strip().startswith(spec["text"])),
     "ends_with": ({"text": str}, lambda spec, text: text.strip().endswith(spec["text"])),
     "number": ({"answer": str}, _same_number),
-    "regex": ({"pattern": str}, lambda spec, text: re.search(spec["pattern"], text) is not None),
+    "regex": ({"pattern": str}, lambda spec, text: searcher.found(spec["pattern"], text)),
+    "code": ({"tests": list}, code.passes),
     "refusal": ({"expected": bool, "markers": list}, lambda spec, text: _refuses(spec, text) == spec["expected"]),
     "all": ({"of": list}, lambda spec, text: all(check(part, text) for part in spec["of"])),
     "taste": ({}, lambda spec, text: False),

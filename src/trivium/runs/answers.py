@@ -18,13 +18,23 @@ AskFn = Callable[[Mapping[int, Q]], Iterable[tuple[int, Any]]]
 """Asks the numbered questions and yields (number, answer) in any order, as the answers come; None: it failed."""
 
 
+Price = tuple[int, float]
+"""What an answer cost: tokens and FLOPs."""
+
+
 class Answers:
     """The answers in one file, by what was asked; a failure is kept, too, as None."""
 
-    def __init__(self, path: Path) -> None:
-        """Read what is there; half a line, which a killed writer leaves, is cut off."""
+    def __init__(self, path: Path, spend: Callable[..., None] | None = None) -> None:
+        """Read what is there; half a line, which a killed writer leaves, is cut off.
+
+        `spend(tokens=, flops=)` is told what an answer of an earlier process had cost: a run that was cut off counts it
+        as one that was not.
+        """
         self.path = path
+        self._spend = spend
         self._known: dict[str, Any] = {}
+        self._owed: dict[str, Price] = {}
         if path.exists():
             data = path.read_bytes()
             whole = data.rfind(b"\n") + 1
@@ -32,12 +42,30 @@ class Answers:
                 # Else the next answer would be glued to the half line, and both would be lost.
                 with path.open("r+b") as handle:
                     handle.truncate(whole)
-            self._known = {row["key"]: row["answer"] for row in read_jsonl(path)}
+            for row in read_jsonl(path):
+                self._known[row["key"]] = row["answer"]
+                if "price" in row:
+                    self._owed[row["key"]] = (row["price"][0], row["price"][1])
 
-    def complete(self, purpose: str, questions: Sequence[Q], text: Callable[[Q], object], ask: AskFn[Q]) -> list[Any]:
+    def settle(self) -> None:
+        """Count what the answers of earlier processes had cost, once."""
+        for tokens, flops in self._owed.values():
+            if self._spend is not None:
+                self._spend(tokens=tokens, flops=flops)
+        self._owed.clear()
+
+    def complete(
+        self,
+        purpose: str,
+        questions: Sequence[Q],
+        text: Callable[[Q], object],
+        ask: AskFn[Q],
+        price: Callable[[int], Price] | None = None,
+    ) -> list[Any]:
         """Return the answer to every question, in order; `ask` gets only those that are not answered yet.
 
         `text(question)` is what identifies a question, JSON-able; the same one asked twice is two questions.
+        `price(number)` is what the answer has cost whoever asked, and is kept beside it.
         """
         keys = [content_id(purpose, number, text(question)) for number, question in enumerate(questions)]
         missing = {n: question for n, question in enumerate(questions) if keys[n] not in self._known}
@@ -46,7 +74,8 @@ class Answers:
             with self.path.open("a", encoding="utf-8") as handle:
                 for number, answer in ask(missing):
                     self._known[keys[number]] = answer
+                    cost = {"price": price(number)} if price is not None else {}
                     # ASCII: a lone surrogate in a model's words could not be written otherwise.
-                    handle.write(json.dumps({"key": keys[number], "answer": answer}) + "\n")
+                    handle.write(json.dumps({"key": keys[number], "answer": answer} | cost) + "\n")
                     handle.flush()
         return [self._known.get(key) for key in keys]

@@ -114,9 +114,11 @@ def run(config: Config, run: Run) -> None:
     folder = run.model("policy")
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device=device_of(run.settings), dtype=weight_dtype(run.settings))
-    first_alone(lambda: write_revisions(config, run, tokenizer, model))
+    kept = Answers(run.dir / ANSWERS, run.spend)
+    first_alone(lambda: write_revisions(config, run, tokenizer, model, kept))
     rows = list(read_jsonl(run.home / "revisions.jsonl"))
-    judged = decide(lambda: rank_by_principle(config, run, rows))
+    judged = decide(lambda: rank_by_principle(config, run, rows, kept))
+    kept.settle()
     revised = [row for row in rows if row["revision"].strip() and row["revision"] != row["responses"][0]]
     train = training_rows(config, run, tokenizer, revised)
     if not train and config.fit.steps:
@@ -171,7 +173,7 @@ def run(config: Config, run: Run) -> None:
         save_model(run.dir / "model", model, eos_token_id=tokenizer.end_id)
 
 
-def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer) -> None:
+def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Transformer, kept: Answers) -> None:
     """Write each prompt with its responses and what became of the first of them; what is answered is not asked again.
 
     A round that fails on a text leaves it as the last one that did not. Raises UserError where nothing is answered.
@@ -182,10 +184,9 @@ def write_revisions(config: Config, run: Run, tokenizer: Tokenizer, model: Trans
     principles, examples = load_constitution(config.principles, base=run.base)
     longest = room_for_prompt(model, config.sampling)
     prompts = PromptSet(run, tokenizer, config.prompts, config.options, longest=longest).prompts
-    kept = Answers(run.dir / ANSWERS)
     policy = LocalModel(run, tokenizer, model, config.sampling)
     repeated = [prompt for prompt in prompts for _ in range(config.num_responses)]
-    flat = kept.complete("response", repeated, Conversation.as_dicts, partial(policy.write, purpose=0))
+    flat = kept.complete("response", repeated, Conversation.as_dicts, partial(policy.write, purpose=0), policy.price)
     responses = [flat[i : i + config.num_responses] for i in range(0, len(flat), config.num_responses)]
     reviewer = Reviewer(
         kept=kept,
@@ -228,7 +229,7 @@ def asked_model(config: Config, run: Run, role: str) -> Assistant | None:
     return LocalModel(run, Tokenizer.load(folder), load_model(folder, device=device_of(run.settings)), config.sampling)
 
 
-def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]], kept: Answers) -> dict[str, Any]:
     """Store the judge's ranking of each prompt's responses and its revision, by its principle.
 
     Returns `kinds` (how many of which kind) and `facts` (what a model that judges was asked, and failed to answer).
@@ -239,7 +240,6 @@ def rank_by_principle(config: Config, run: Run, rows: Sequence[Mapping[str, Any]
     told = [(prompt_of(row), texts_of(row)) for row in rows]
     open_ = [number for number, (_, texts) in enumerate(told) if len(texts) > 1]
     facts: dict[str, int] = {}
-    kept = Answers(run.dir / ANSWERS)
     if assistant:
         items = [(*told[number], rows[number]["principle"]["comparison"]) for number in open_]
         placed = compare(kept, assistant, items, facts)

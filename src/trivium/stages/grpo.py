@@ -35,6 +35,7 @@ from trivium.runs.events import read_metrics
 from trivium.runs.manifest import Run
 from trivium.training.checkpoint import Checkpointer
 from trivium.training.distributed import autocast, check_shares, device_of, over_ranks, share, weight_dtype
+from trivium.training.guard import Guards
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.rollout import (
@@ -124,6 +125,7 @@ def run(config: Config, run: Run) -> None:
     saver = Checkpointer(run, modules=grpo.modules, optimizers=grpo.optimizers)
     checkpoint = saver.resume()
     start = checkpoint.step if checkpoint else 0
+    grpo.guards.restore(checkpoint.state.get("guards", {}) if checkpoint else {})
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
             saver.check()
@@ -135,7 +137,7 @@ def run(config: Config, run: Run) -> None:
             grpo.record(batch, rows, generated, loss, round_ + 1)
             advance(reward=float(rewards.mean()))
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
-                saver.save(round_ + 1)
+                saver.save(round_ + 1, {"guards": grpo.guards.state()})
             saver.leave_if_asked(round_ + 1)
     with whole(grpo.policy):
         if run.owner:
@@ -165,6 +167,7 @@ class Trainer:
         self.modules = {"policy": self.policy}
         self.objective = spread(self.policy, partial(objective, self.policy, config), run.settings)
         self.optimizers = {"policy": Optimizer(self.policy, config.optim)}
+        self.guards = Guards(run, self.modules)
         learned = [LearnedReward.from_folder(run.model("reward_model"), device=device)] if config.reward_model else []
         self.rewards = WeightedRewards(config.rewards, learned)
         self.stop = frozenset({self.tokenizer.end_id, self.tokenizer.eos_id})
@@ -236,7 +239,7 @@ class Trainer:
                 lr_scale=scale,
                 precision=autocast(self.run.settings),
             )
-            losses.append(result.loss)
+            losses.append(self.guards.take("policy", result, round_ + 1).loss)
             skipped += result.skipped
         if skipped:
             self.run.metric("train/skipped", skipped, round_ + 1)

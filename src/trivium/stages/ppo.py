@@ -115,6 +115,7 @@ def run(config: Config, run: Run) -> None:
     checkpoint = saver.resume()
     if checkpoint:
         ppo.controller.restore(checkpoint.state)
+        ppo.trained.guards.restore(checkpoint.state["guards"])
     start = checkpoint.step if checkpoint else 0
     with saver, run.progress("rounds", config.iterations - start) as advance:
         for round_ in range(start, config.iterations):
@@ -127,7 +128,7 @@ def run(config: Config, run: Run) -> None:
             ppo.controller.update(kl, config.batch_size)
             advance(score=float(batch.scores.mean()), kl=kl)
             if saver.is_due(round_ + 1, config.save_every, config.iterations):
-                saver.save(round_ + 1, ppo.controller.state())
+                saver.save(round_ + 1, ppo.controller.state() | {"guards": ppo.trained.guards.state()})
             saver.leave_if_asked(round_ + 1)
     with whole(ppo.policy):
         if run.owner:
@@ -163,13 +164,11 @@ class Trainer:
         self.config, self.run = config, run
         check_shares(**{"batch_size / minibatches": config.batch_size // config.minibatches})
         device, dtype = device_of(run.settings), weight_dtype(run.settings)
-        folder = run.model("policy")
-        self.tokenizer = Tokenizer.load(folder)
+        base = run.model("policy")
+        self.tokenizer = Tokenizer.load(base)
         if Tokenizer.load(run.model("reward_model")).fingerprint != self.tokenizer.fingerprint:
             raise ConfigError(f"{run.id}: policy and reward model have different tokenizers; train one from the other")
-        self.policy, self.reference = policy_and_reference(
-            folder, config.lora, device=device, dtype=dtype, seed=run.seed
-        )
+        self.policy, self.reference = policy_and_reference(base, config.lora, device=device, dtype=dtype, seed=run.seed)
         self.reward = LearnedReward.from_folder(run.model("reward_model"), pad_id=self.tokenizer.pad_id, device=device)
         if config.shared_trunk:
             self.value = ScalarModel.beside(self.policy)
@@ -180,7 +179,7 @@ class Trainer:
             objectives = {"policy": partial(objective, self.policy, config)}
             objectives["value"] = partial(value_objective, self.value, config)
         self.text = SideText(config.ptx, run, "ptx_corpus", self.policy, self.tokenizer)
-        self.trained = ActorCritic(self.policy, self.value, objectives, config, run.settings)
+        self.trained = ActorCritic(self.policy, self.value, objectives, config, run)
         self.modules, self.optimizers = self.trained.modules, self.trained.optimizers
         self.controller = config.controller(config.batch_size)
         self.judge = load_attribute(config.judge) if config.judge else None
@@ -226,7 +225,7 @@ class Trainer:
         for rows in trained.minibatches(len(batch.scores), seed=self.run.seed * 1_000_003 + round_):
             part = select_rows(batch, share(rows))
             text = self.text.beside(part.num_items, round_ * config.epochs * config.minibatches + steps)
-            policy, value = trained.step(take, part, text)
+            policy, value = trained.step(take, part, text, round_ + 1)
             unmixed = policy.loss - config.ptx.coef * policy.metrics.get("ptx_loss", 0.0)
             figures = {"policy_loss": unmixed, "value_loss": value.loss, "grad_norm": policy.grad_norm}
             figures |= policy.metrics | {"skipped": float(policy.skipped or value.skipped)}

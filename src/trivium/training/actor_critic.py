@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trivium.batches import LossOutput, RolloutBatch
-from trivium.config import ConfigError, Dial, RunSettings, bounds
+from trivium.config import ConfigError, Dial, bounds
 from trivium.models.heads import ScalarModel, TwoHeads
 from trivium.models.lora import LoraConfig, training_flops
 from trivium.models.transformer import Transformer
+from trivium.runs.manifest import Run
+from trivium.training.guard import Guards
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread
 from trivium.training.side_text import TextBatch
@@ -71,17 +73,18 @@ class ActorCritic:
         value: ScalarModel,
         objectives: Mapping[str, Callable[[Any], LossOutput]],
         config: UpdateConfig,
-        settings: RunSettings,
+        run: Run,
     ) -> None:
-        """Spread each network that has an objective over the ranks, and make its optimizer."""
+        """Spread each network that has an objective over the ranks, and make its optimizer and its guard."""
         self.config = config
         trained: dict[str, nn.Module] = {"policy": policy, "value": value}
         if config.shared_trunk:
             trained = {"policy": TwoHeads(policy, value)}
         self.modules = trained
         # Before the optimizers are made: sharding replaces the parameters.
-        self.objectives = {name: spread(module, objectives[name], settings) for name, module in trained.items()}
+        self.objectives = {name: spread(module, objectives[name], run.settings) for name, module in trained.items()}
         self.optimizers = {name: Optimizer(module, config.optim) for name, module in trained.items()}
+        self.guards = Guards(run, trained)
         self.model = policy.config
 
     def minibatches(self, count: int, *, seed: int) -> Iterator[Tensor]:
@@ -91,16 +94,19 @@ class ActorCritic:
             yield from torch.randperm(count, generator=generator).tensor_split(self.config.minibatches)
 
     def step(
-        self, take: Callable[..., StepResult], part: RolloutBatch, text: Sequence[TextBatch]
+        self, take: Callable[..., StepResult], part: RolloutBatch, text: Sequence[TextBatch], round_: int
     ) -> tuple[StepResult, StepResult]:
         """Have `take` (`train_step`) move each network, and return what it did to policy and value: one of two heads.
 
-        Text comes before the completions, because DDP counts on the last micro-batch to use every parameter.
+        Text comes before the completions, because DDP counts on the last micro-batch to use every parameter. Raises
+        UserError where a network's gradient was not finite too often in a row (`training.guard`).
         """
         results = {
             name: take(objective, [*text, part] if name == "policy" else [part], self.optimizers[name])
             for name, objective in self.objectives.items()
         }
+        for name, result in results.items():
+            self.guards.take(name, result, round_)
         return results["policy"], results.get("value", results["policy"])
 
     def flops_per_token(self, context: int, *, passes: float) -> float:

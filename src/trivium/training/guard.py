@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trivium.config import UserError, bounds
+from trivium.runs.manifest import Run
 from trivium.training.step import StepResult
 
 
@@ -72,3 +73,37 @@ class Guard:
         """Take `state()` back."""
         self.count, self.in_a_row = state["count"], state["in_a_row"]
         self._norms.extend(state["norms"])
+
+
+class Guards:
+    """The guards of a stage with an outer loop of its own: one for each network, by name.
+
+    Not one for all, because a network that learns would hide another that has stopped to.
+    """
+
+    def __init__(self, run: Run, names: Iterable[str]) -> None:
+        """Start with nothing seen."""
+        self.run = run
+        self._guards = {name: Guard(GuardConfig()) for name in names}
+
+    def take(self, name: str, result: StepResult, round_: int) -> StepResult:
+        """Take the result of a network's step in and return it; one that was passed over is told.
+
+        Raises UserError after more than `GuardConfig.max_skipped` in a row.
+        """
+        guard = self._guards[name]
+        reason = guard.judge(result)
+        if reason:
+            facts = {"reason": reason, "network": name, "loss": result.loss, "grad_norm": result.grad_norm}
+            self.run.notice("step skipped", facts, round_)
+            guard.raise_if_diverged(self.run.id, reason)
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of them."""
+        return {name: guard.state() for name, guard in self._guards.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take `state()` back; a checkpoint of before there were guards has none."""
+        for name, own in state.items():
+            self._guards[name].restore(own)

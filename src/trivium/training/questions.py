@@ -25,6 +25,7 @@ class LocalModel:
         self.run, self.tokenizer, self.model, self.sampling = run, tokenizer, model, sampling
         self.counts = {"asked": 0, "failed": 0}
         self.problem = "they leave no room in the model's context"
+        self._prices: dict[int, int] = {}
 
     def fits(self, conversation: Conversation) -> bool:
         """Tell whether a whole answer has room behind the conversation."""
@@ -54,7 +55,7 @@ class LocalModel:
                 draws=fitting,
                 on_done=advance,
             )
-        self._spend(sum(len(ids) + len(g.token_ids) for ids, g in zip(prompts, generated, strict=True)))
+        self._pay({n: len(encoded[n]) + len(made.token_ids) for n, made in zip(fitting, generated, strict=True)})
         for number, made in zip(fitting, generated, strict=True):
             yield number, self.tokenizer.decode(made.token_ids)
 
@@ -80,17 +81,25 @@ class LocalModel:
                 prompts = [encoded[number] for number in part for _ in options]
                 tokens = to_device(to_tokens(prompts, options * len(part), self.tokenizer.pad_id), device)
                 nats = completion_logprobs(self.model, tokens, rows=ROWS).sum(-1).tolist()
-                self._spend(sum(map(len, prompts)))
+                self._pay({number: len(options) * len(encoded[number]) for number in part})
                 advance(len(part))
                 for place, number in enumerate(part):
                     yield number, (math.exp(nats[2 * place]), math.exp(nats[2 * place + 1]))
 
     def _count(self, asked: Mapping[int, object], fitting: list[int]) -> None:
+        self._prices = {}
         self.counts["asked"] += len(asked)
         self.counts["failed"] += len(asked) - len(fitting)
 
-    def _spend(self, tokens: int) -> None:
-        self.run.spend(tokens=tokens, flops=self.model.config.flops_per_token(128) * tokens)
+    def price(self, number: int) -> tuple[int, float]:
+        """Return the tokens and FLOPs that the last answer to a question cost; one that failed cost nothing."""
+        tokens = self._prices.get(number, 0)
+        return tokens, self.model.config.flops_per_token(128) * tokens
+
+    def _pay(self, tokens: Mapping[int, int]) -> None:
+        self._prices |= tokens
+        total = sum(tokens.values())
+        self.run.spend(tokens=total, flops=self.model.config.flops_per_token(128) * total)
 
 
 def _label(purpose: int) -> str:
