@@ -75,10 +75,10 @@ def test_an_edited_part_a_lost_part_and_a_dead_link_are_found(copy):
 
 
 def test_a_changed_default_makes_the_table_of_a_stage_stale(copy):
-    path = copy / "src/trivium/stages/ppo.py"
-    path.write_text(path.read_text().replace("lam: float = 0.95", "lam: float = 0.9"))
+    path = copy / "src/trivium/stages/sft.py"
+    path.write_text(path.read_text().replace("heldout_frac: float = 0.05", "heldout_frac: float = 0.06"))
     code, output = check(copy)
-    assert code == 1 and "docs/stages/ppo.md: the part 'config ppo' is stale" in output
+    assert code == 1 and "docs/stages/sft.md: the part 'config sft' is stale" in output
 
 
 def test_a_stage_page_that_leaves_out_an_estimator_is_found(copy):

@@ -25,7 +25,7 @@ CHROMIUM = "/usr/bin/chromium"
 SMALL = (
     *("--collect-comparisons.annotators", "people", "--collect-comparisons.overlap", "1"),
     *("--collect-comparisons.options.num", "2", "--collect-comparisons.num-responses", "4"),
-    *("--pretrain.fit.steps", "80", "--pretrain.fit.log-every", "2"),
+    *("--pretrain.fit.steps", "240", "--pretrain.fit.log-every", "2"),
 )
 
 

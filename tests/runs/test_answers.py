@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from trivium.records import Cost
 from trivium.runs.answers import Answers
 
 
@@ -66,3 +67,44 @@ def test_any_text_can_be_kept(tmp_path):
     nasty = "\ud800 \x00 é\n"
     for _ in range(2):
         assert Answers(tmp_path / "a.jsonl").complete("c", ["q"], str, lambda asked: [(0, nasty)]) == [nasty]
+
+
+class Charged:
+    """A run of which only the cost matters."""
+
+    def __init__(self, tokens=0, flops=0.0):
+        self.tokens, self.flops = tokens, flops
+
+    def cost(self):
+        return Cost(tokens=self.tokens, flops=self.flops)
+
+    def spend(self, *, tokens, flops):
+        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+
+@pytest.mark.parametrize("before", [(0, 0.0), (100, 9.0)], ids=["killed", "stopped after lost work"])
+def test_a_run_that_goes_on_is_charged_for_kept_answers_once_and_for_nothing_that_was_lost(tmp_path, before):
+    """Two of three answers are there, at 10 and 11 tokens; the third is charged by who asks."""
+    path = tmp_path / "answers.jsonl"
+
+    def price(number):
+        return 10 + number, 0.5
+
+    def dying(asked):
+        yield from [(0, "a"), (1, "b")]
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        Answers(path).complete("c", list("abc"), str, dying, price)
+    run = Charged(*before)
+    kept = Answers(path, run)
+
+    def ask(asked):
+        for number in asked:
+            run.spend(tokens=price(number)[0], flops=price(number)[1])
+            yield number, "c"
+
+    assert kept.complete("c", list("abc"), str, ask, price) == ["a", "b", "c"]
+    for _ in range(2):
+        kept.settle()
+    assert (run.tokens, run.flops) == (10 + 11 + 12, 1.5)

@@ -300,7 +300,7 @@ def test_a_round_ends_with_the_step_that_notices(make: Make) -> None:
     measured = []
     for rows in trainer.trained.minibatches(len(batch.scores), seed=0):
         result, _ = trainer.trained.step(
-            partial(train_step, lr_scale=1.0), select_rows(batch, rows), trainer.text.beside(batch.num_items, 0)
+            partial(train_step, lr_scale=1.0), select_rows(batch, rows), trainer.text.beside(batch.num_items, 0), 1
         )
         measured.append(result.metrics["approx_kl"])
     assert measured[0] == pytest.approx(0, abs=1e-6) and measured[1] > 1e-6

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trivium.records import content_id, read_jsonl
+from trivium.runs.manifest import Run
 
 Q = TypeVar("Q")
 
@@ -25,14 +26,14 @@ Price = tuple[int, float]
 class Answers:
     """The answers in one file, by what was asked; a failure is kept, too, as None."""
 
-    def __init__(self, path: Path, spend: Callable[..., None] | None = None) -> None:
+    def __init__(self, path: Path, run: Run | None = None) -> None:
         """Read what is there; half a line, which a killed writer leaves, is cut off.
 
-        `spend(tokens=, flops=)` is told what an answer of an earlier process had cost: a run that was cut off counts it
-        as one that was not.
+        `run` is charged by `settle` for what was answered before.
         """
         self.path = path
-        self._spend = spend
+        self._run = run
+        self._charged = run.cost() if run is not None else None
         self._known: dict[str, Any] = {}
         self._owed: dict[str, Price] = {}
         if path.exists():
@@ -48,11 +49,16 @@ class Answers:
                     self._owed[row["key"]] = (row["price"][0], row["price"][1])
 
     def settle(self) -> None:
-        """Count what the answers of earlier processes had cost, once."""
-        for tokens, flops in self._owed.values():
-            if self._spend is not None:
-                self._spend(tokens=tokens, flops=flops)
-        self._owed.clear()
+        """Charge the run for the answers that were there already, once, in the place of what it was charged before.
+
+        So a run that was cut off costs what one that was not costs: the prices of its answers, without work that was
+        lost on the way. Where there is a checkpoint, it knows better and is asked afterwards.
+        """
+        if self._run is None or self._charged is None:
+            return
+        tokens, flops = (sum(price[n] for price in self._owed.values()) for n in (0, 1))
+        self._run.spend(tokens=int(tokens) - self._charged.tokens, flops=flops - self._charged.flops)
+        self._charged = None
 
     def complete(
         self,

@@ -111,10 +111,9 @@ def objective(model: Transformer, batch: TokenBatch) -> LossOutput:
 
 def run(config: Config, run: Run) -> None:
     """Answer, criticise, revise; rank by principle; then learn the revisions."""
-    folder = run.model("policy")
-    tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, device=device_of(run.settings), dtype=weight_dtype(run.settings))
-    kept = Answers(run.dir / ANSWERS, run.spend)
+    tokenizer = Tokenizer.load(run.model("policy"))
+    model = load_model(run.model("policy"), device=device_of(run.settings), dtype=weight_dtype(run.settings))
+    kept = Answers(run.dir / ANSWERS, run)
     first_alone(lambda: write_revisions(config, run, tokenizer, model, kept))
     rows = list(read_jsonl(run.home / "revisions.jsonl"))
     judged = decide(lambda: rank_by_principle(config, run, rows, kept))
@@ -151,7 +150,6 @@ def run(config: Config, run: Run) -> None:
         for row in rows[:20]:
             facts = {"prompt": row["prompt"][-1]["content"], "response": row["responses"][0]}
             run.specimen("revision", facts | {"critique": row["critique"], "revision": row["revision"]})
-        tokens = sum(len(r.input_ids) for r in train)
         run.note(
             steps=config.fit.steps,
             num_parameters=model.config.num_parameters(),
@@ -166,7 +164,7 @@ def run(config: Config, run: Run) -> None:
                 "name": ", ".join(config.prompts),
                 "num_prompts": len(rows),
                 "num_conversations": len(train),
-                "tokens": tokens,
+                "tokens": sum(len(r.input_ids) for r in train),
             },
         )
         tokenizer.save(run.dir / "model")

@@ -101,8 +101,6 @@ class Config:
         smallest = 1 if self.estimator == "reinforce++" else 2
         bounds(self, iterations=(1, None), prompts_per_round=(1, None), minibatches=(1, None), save_every=(1, None))
         bounds(self, beta=(0, None), clip_range=(1e-4, 1), group_size=(smallest, None))
-        if not (self.rewards or self.reward_model):
-            raise ConfigError("rewards = {}: name a reward, or a reward_model")
         refuse_meaningless(self)
 
 
@@ -145,7 +143,9 @@ def run(config: Config, run: Run) -> None:
 
 
 def refuse_meaningless(config: Config) -> None:
-    """Raise ConfigError for a setting that the estimator would ignore."""
+    """Raise ConfigError where nothing is rewarded, or for a setting that the estimator would ignore."""
+    if not (config.rewards or config.reward_model):
+        raise ConfigError("rewards = {}: name a reward, or a reward_model")
     for name in ("scale", "aggregate"):
         value = getattr(config, name)
         if value != getattr(Config, name) and name not in ESTIMATORS[config.estimator]:

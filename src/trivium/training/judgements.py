@@ -56,11 +56,9 @@ def load_judgements(
     training, 1 where not named. `cut`: cut prompts that are too long instead of leaving their groups out.
     `by_reliability` multiplies the weights by those of `preferences.reliability`, measured on the training side alone.
     `soft`: train on how sure a judge was, where it said so (an order in both ways of asking is what is held out).
-    Raises UserError when there is none of the wanted kinds, when one side of the split is empty, or for an unknown
-    annotator.
+    Raises UserError where a side of the split is empty, none is of the wanted kinds, or an annotator is unknown.
     """
-    weights = weights or {}
-    rankings = rankings_of(store, collection, kinds, weights)
+    rankings = rankings_of(store, collection, kinds, weights := weights or {})
     sides = split_by_prompt(rankings, fraction=heldout_frac, seed=seed)
     measured = measured_on(sides[0], collection) if by_reliability else {}
     encoded, tokens = encoded_texts(store, rankings, tokenizer)
