@@ -43,6 +43,7 @@ from trivium.preferences.store import Store
 from trivium.records import RunManifest, from_dict, sha256_file, to_dict
 from trivium.runs.manifest import (
     Run,
+    carried_cost,
     code_version,
     drop_checkpoints,
     fingerprint,
@@ -133,9 +134,8 @@ def run_recipe(
             locked(workspace) if world()[0] == 0 else contextlib.nullcontext(),
             stoppable(recipe.settings.time_limit_s),
         ):
-            for spec in recipe.stages:
-                if not only or spec.table in only:
-                    done[spec.table] = _stage(recipe, spec, validated[spec.table], workspace, done)
+            for spec in (spec for spec in recipe.stages if not only or spec.table in only):
+                done[spec.table] = _stage(recipe, spec, validated[spec.table], workspace, done)
         return done
 
 
@@ -320,7 +320,7 @@ def _verdict(plan: Plan, workspace: Path) -> tuple[bool, RunManifest]:
         was = previous.status if previous else "left without a manifest that can be read"
         _say(f"{plan.spec.table}: was {was}, resumes ({plan.manifest.run_id})")
         if previous:
-            return True, replace(plan.manifest, started_at=previous.started_at, cost=previous.cost)
+            return True, replace(plan.manifest, started_at=previous.started_at, cost=carried_cost(previous))
     else:
         if plan.folder.exists():
             shutil.rmtree(plan.folder)

@@ -28,6 +28,9 @@ class Script:
     def fits(self, conversation):
         return sum(len(m.content) for m in conversation.messages) <= self.room
 
+    def price(self, number):
+        return 0, 0.0
+
     def write(self, asked, purpose):
         self.asked += asked.values()
         yield from ((number, self._write(conversation, purpose)) for number, conversation in asked.items())

@@ -67,6 +67,14 @@ def read_manifest(folder: Path) -> RunManifest | None:
         return None
 
 
+def carried_cost(previous: RunManifest) -> Cost:
+    """Return the cost that an unfinished run goes on counting from, until a checkpoint says better.
+
+    What a run that was stopped had computed is done again where no checkpoint holds it, and must not count twice.
+    """
+    return dataclasses.replace(previous.cost, tokens=0, flops=0.0) if previous.status == "stopped" else previous.cost
+
+
 def is_base(manifest: RunManifest | None) -> bool:
     """Tell whether a run left a base model: pre-trained, or adapted from one; all others are taken for chat models."""
     return manifest is not None and (manifest.stage == "pretrain" or manifest.summary.get("is_base") is True)
