@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,16 @@ class FileOptions(DatabaseOptions):
     """Export the judgements of this collection alone."""
     schema: Literal["rankings", "pairs", "unpaired"] = "rankings"
     """Export whole `rankings`, `pairs` (prompt, chosen, rejected), or `unpaired` labels (KTO)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorityOptions(DatabaseOptions):
+    """What `database prioritise` understands."""
+
+    model: str = "reward_model@latest"
+    """The reward model: a run of the workspace, or the path of a Hugging Face folder."""
+    collection: str | None = None
+    """Order the tasks of this collection alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +156,27 @@ def _export(words: Sequence[str]) -> int:
     return 0
 
 
+def _prioritise(words: Sequence[str]) -> int:
+    options = parse(PriorityOptions, "database prioritise", words, "Ask first what a reward model is least sure of.")
+    from trivium.preferences.store import Store
+    from trivium.rewards.learned import LearnedReward
+    from trivium.rewards.uncertainty import uncertainties
+    from trivium.runs.registry import resolve
+
+    place = options.place()
+    found = resolve(place, options.model, base=Path.cwd())
+    folder = Path(found) if os.sep in found else place / found.rsplit("-", 1)[0] / found / "model"
+    with Store(options.location(), create=False) as store:
+        open_ = [t for t in store.tasks(options.collection) if t.purpose == "rank" and t.judgements < t.overlap]
+        prompts = store.prompts(task.prompt_id for task in open_)
+        completions = store.completions(name for task in open_ for name in task.completion_ids)
+        asked = [(prompts[task.prompt_id], [completions[name] for name in task.completion_ids]) for task in open_]
+        unsure = uncertainties(LearnedReward.from_folder(folder), asked)
+        store.set_priorities({task.id: value for task, value in zip(open_, unsure, strict=True)})
+    print(f"{len(open_)} open tasks are now asked in the order of what {options.model} is least sure of")
+    return 0
+
+
 def _upgrade(words: Sequence[str]) -> int:
     options = parse(DatabaseOptions, "database upgrade", words, "Bring the schema up to this version of Trivium.")
     from trivium.preferences.store import Store, schema
@@ -169,6 +201,7 @@ ACTIONS: dict[str, dict[str, Callable[[Sequence[str]], int]]] = {
         "backup": _backup,
         "restore": _restore,
         "export": _export,
+        "prioritise": _prioritise,
         "upgrade": _upgrade,
         "downgrade": _downgrade,
     },

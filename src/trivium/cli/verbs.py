@@ -13,7 +13,7 @@ TOOLS = {
     "serve": "An OpenAI-compatible API and a chat page that puts the stages side by side.",
     "rank": "The page on which people rank responses and write ideal ones.",
     "people": "Accounts for the rank page: invite NAME, list, revoke NAME.",
-    "database": "The judgements: backup FILE, restore FILE, export FILE, upgrade, downgrade VERSION.",
+    "database": "The judgements: backup FILE, restore FILE, export FILE, prioritise, upgrade, downgrade VERSION.",
     "dashboard": "A live walkthrough of your own run: curves, samples, specimens, lineage.",
     "report": "The measured comparison of the stages, as HTML, Markdown and JSON.",
     "chat": "Talk to a model in the terminal.",

@@ -119,13 +119,17 @@ class LearnedReward:
 
         Raises UserError when there is no tokenizer to encode prompts with.
         """
+        return self.score_ids(self.rows_of(prompts, completions))
+
+    def rows_of(self, prompts: Sequence[Conversation], completions: Sequence[Completion]) -> list[list[int]]:
+        """Return the ids that are read for each completion: the prompt's and its own. Raises as calling it does."""
         if self.tokenizer is None:
             raise UserError("this reward model's folder has no tokenizer.json; save the tokenizer beside the model")
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = completion.token_ids or (*self.tokenizer.encode(completion.text), self.tokenizer.end_id)
             rows.append([*render_prompt(self.tokenizer, prompt), *ids])
-        return self.score_ids(rows)
+        return rows
 
 
 def combine(table: Tensor, pessimism: float) -> Tensor:
