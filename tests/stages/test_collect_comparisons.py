@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from trivium.config import ConfigError, UserError, Waiting
+from trivium.config import ConfigError, UserError, Waiting, facts
 from trivium.data.chat import render_prompt
 from trivium.data.tokenizer import Tokenizer
 from trivium.models.generate import generate
@@ -392,3 +392,10 @@ def test_questions_about_annotators_are_asked_beside_the_tasks(make: Make, confi
     with Store(run.workspace / "preferences.db") as store:
         assert Counter(t.purpose for t in store.tasks(run.id)) == {"rank": 4, "repeat": 4, "gold": 1, "qualify": 1}
         assert store.description(run.id) == ("Prefer **true** ones.", 0.5)
+
+
+def test_what_is_asked_about_annotators_is_no_part_of_a_run_that_asks_nothing(config: stage.Config) -> None:
+    """Else people would have to rank anew what they ranked before there were these settings."""
+    asked = {"against", "instructions", "gold", "qualification", "pass_mark", "repeat_frac"}
+    assert asked.isdisjoint(facts(config))
+    assert facts(dataclasses.replace(config, repeat_frac=0.1, gold=("known.jsonl",)))["repeat_frac"] == 0.1

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trivium.config import CodeRef, ConfigError, InputPath, Ref, UserError, Waiting, bounds, load_attribute
+from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, UserError, Waiting, bounds, load_attribute
 from trivium.data.sources import load_preferences
 from trivium.data.tokenizer import Tokenizer
 from trivium.evals.diversity import prompt_diversity
@@ -51,7 +51,7 @@ class Config:
 
     policy: Ref = "sft@latest"
     """The chat model that writes the responses."""
-    against: Ref = ""
+    against: Dial[Ref] = ""
     """A second model that writes half of the responses, unknown to who ranks: which of the two is better?"""
     prompts: tuple[InputPath, ...] = ()
     """Files of prompts, or code that yields them."""
@@ -67,15 +67,15 @@ class Config:
     """Files of rankings given elsewhere (pairs, K-way, several annotators), read in as human judgements."""
     max_rankings: int = 0
     """Read at most this many rankings from files; 0 means all."""
-    instructions: InputPath = ""
+    instructions: Dial[InputPath] = ""
     """A text or Markdown file that people see beside each task."""
-    gold: tuple[InputPath, ...] = ()
+    gold: Dial[tuple[InputPath, ...]] = ()
     """Files of rankings known to be right, asked of everybody now and then: they measure the annotators."""
-    qualification: tuple[InputPath, ...] = ()
+    qualification: Dial[tuple[InputPath, ...]] = ()
     """The same, asked of each newcomer first."""
-    pass_mark: float = 0.7
-    """Share of the qualification's pairs that a newcomer must put right (a tie is half) to be asked more."""
-    repeat_frac: float = 0.0
+    pass_mark: Dial[float] = 0.0
+    """Share of the qualification's pairs that a newcomer must put right (a tie is half) to be asked more; 0: 0.7."""
+    repeat_frac: Dial[float] = 0.0
     """Share of the tasks that come back to who ranked them, ten tasks later: is their own opinion stable?"""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     """How responses are sampled."""
@@ -190,7 +190,7 @@ def write_tasks(config: Config, run: Run) -> list[Task]:
 def ask_about_annotators(config: Config, run: Run, store: Store) -> None:
     """Store what people are told, and the questions that are about them: with known answers, and repeated."""
     told = (run.base / config.instructions).read_text(encoding="utf-8") if config.instructions else ""
-    store.describe(run.id, instructions=told, pass_mark=config.pass_mark)
+    store.describe(run.id, instructions=told, pass_mark=config.pass_mark or 0.7)
 
     def known(specs: tuple[InputPath, ...]) -> list[tuple[Conversation, list[Completion], list[list[int]]]]:
         rows = load_preferences(specs, base=run.base, seed=run.seed, strict=True)
