@@ -94,7 +94,7 @@ def visit(browser, store):
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
             stack.callback(context.close)
             page = context.new_page()
-            page.set_default_timeout(10_000)
+            page.set_default_timeout(30_000)
             page.complaints = []
             page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
             page.on("pageerror", lambda e: page.complaints.append(str(e)))
@@ -296,6 +296,7 @@ def test_a_restarted_server_loses_nothing(visit, store):
     page.wait_for_selector(".card >> nth=3")
     for key in "123":
         page.keyboard.press(key)
+    page.wait_for_selector("#submit:not([disabled])")
     page.route("**/api/rank", lambda route: route.abort())
     page.keyboard.press("Enter")
     page.wait_for_selector("#status.bad")

@@ -53,6 +53,7 @@ def client_of(app):
 
 def test_the_summary_is_the_collections_with_the_disputed_task_to_be_read(store):
     tasks = fill(store)
+    store.add_repeats("c", 1.0)  # the same prompts and responses once more: not what is decided about
     store.flag(tasks[3].id, tasks[3].completion_ids[1], "ann", "rude")
     found = client_of(create_app(store)).get("/api/review").json()
     expected = json.loads(json.dumps(collection_summary(store, "c")))

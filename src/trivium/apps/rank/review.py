@@ -54,7 +54,11 @@ def add_review(app: FastAPI, store: Store, access: Access, page: Template, colle
         access.require(request, "lead")
         name = chosen(name)
         found = collection_summary(store, name)
-        tasks = {(task.prompt_id, frozenset(task.completion_ids)): task for task in store.tasks(name)}
+        tasks = {
+            (task.prompt_id, frozenset(task.completion_ids)): task
+            for task in store.tasks(name)
+            if task.purpose == "rank"
+        }
         found["disputed"] = [_readable(store, tasks, each) for each in found["disputed"]]
         return found | {"collections": _collections(store, collection), "flags": _flags(store, name)}
 
