@@ -100,6 +100,7 @@ def visit(browser, store):
             page.on("pageerror", lambda e: page.complaints.append(str(e)))
             page.on("dialog", lambda d: page.complaints.append(f"dialog {d.message}"))
             page.goto(url)
+            page.bring_to_front()  # keys go to the page in front
             return page
 
         yield open_page
@@ -297,11 +298,11 @@ def test_a_restarted_server_loses_nothing(visit, store):
     for key in "123":
         page.keyboard.press(key)
     page.wait_for_selector("#submit:not([disabled])")
-    page.route("**/api/rank", lambda route: route.abort())
+    page.context.set_offline(True)
     page.keyboard.press("Enter")
     page.wait_for_selector("#status.bad")
     assert re.search("Not saved: The server does not answer", page.locator("#status").inner_text())
-    page.unroute("**/api/rank")
+    page.context.set_offline(False)
     # A new process has a new secret: the old session's token is worth nothing, and the page gets itself another.
     page.context.clear_cookies()
     page.keyboard.press("Enter")
