@@ -51,7 +51,9 @@ def trl(task: Task, clock: Clock) -> None:
     from side_by_side.tokenizers import peer_tokenizer
     from trl import DPOConfig, DPOTrainer
 
-    words = lambda ids: " ".join(f"w{index}" for index in ids)  # noqa: E731  # DPOTrainer wants text
+    def words(ids: list[int]) -> str:  # DPOTrainer wants text
+        return " ".join(f"w{index}" for index in ids)
+
     rows = [
         {"prompt": words(prompt) + " ", "chosen": words(chosen), "rejected": words(rejected)}
         for prompt, chosen, rejected in pairs(task.shape, COUNT)

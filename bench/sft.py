@@ -68,17 +68,20 @@ def own(task: Task, clock: Clock) -> None:
     precision, optimizer = autocast(RunSettings(precision=task.precision)), Optimizer(model, adamw())
     if task.case == "padded":
         masked = [(ids, [place >= answer for place in range(len(ids))]) for ids, answer in rows]
-        loader = RowLoader(len(rows), shape.batch_size, 0, lengths=[len(ids) for ids, _ in rows])
-        read = lambda number: pad_rows([masked[row] for row in loader.rows(number)], 0)  # noqa: E731
-        count = lambda number: sum(len(rows[row][0]) for row in loader.rows(number))  # noqa: E731
+        sizes = [len(ids) for ids, _ in rows]
+        loader = RowLoader(len(rows), shape.batch_size, 0, lengths=sizes)
     else:
         bins = packed(rows, shape.context)
+        sizes = [sum(len(ids) for ids, _ in each) for each in bins]
         loader = RowLoader(len(bins), shape.batch_size, 0)
-        read = lambda number: packed_batch([bins[row] for row in loader.rows(number)], shape.context)  # noqa: E731
-        count = lambda number: sum(len(ids) for row in loader.rows(number) for ids, _ in bins[row])  # noqa: E731
     for number in range(10**9):
-        step([read(number)], optimizer, precision=precision)
-        if clock.tick(count(number)):
+        chosen = loader.rows(number)
+        if task.case == "padded":
+            batch = pad_rows([masked[row] for row in chosen], 0)
+        else:
+            batch = packed_batch([bins[row] for row in chosen], shape.context)
+        step([batch], optimizer, precision=precision)
+        if clock.tick(sum(sizes[row] for row in chosen)):
             return
 
 

@@ -101,7 +101,10 @@ def test_a_full_cache_and_an_empty_one_say_so(tiny, tokens):
     model = tiny()
     cache = KVCache(model.config, batch_size=1, capacity=3)
     decoding = Decoding(model, cache, context=4)
-    read = lambda: decoding.read(torch.tensor([9]), torch.tensor([2]), start=0, visible=None)  # noqa: E731
+
+    def read():
+        return decoding.read(torch.tensor([9]), torch.tensor([2]), start=0, visible=None)
+
     with pytest.raises(ValueError, match="0 of 3"):
         read()
     with torch.no_grad():
