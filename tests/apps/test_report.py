@@ -319,7 +319,10 @@ def test_the_reward_model_stands_beside_the_rule_that_reads_only_length(full):
 
 def test_how_varied_the_prompts_are_is_said_in_words_and_clusters(full):
     text = (full[0] / "report" / "report.md").read_text()
-    assert "3.1% distinct words · 14.2% distinct word pairs · 412 clusters · 87.3 if they were equally large" in text
+    assert (
+        "3.1% distinct words · 14.2% distinct word pairs · 412 clusters · 87.3 equal clusters would be as spread"
+        in text
+    )
     assert "8.0% distinct words · 31.0% distinct word pairs<br>" in text  # an older run knows no clusters
 
 

@@ -74,7 +74,7 @@ def annotation_cells(sources: Sources) -> list[Cell]:
         ]
         varied += [
             source.cell(f"{what}: {k.replace('_', ' ')}", diversity[k], text=f"{shown} {word}")
-            for k, word in (("clusters", "clusters"), ("effective_clusters", "if they were equally large"))
+            for k, word in (("clusters", "clusters"), ("effective_clusters", "equal clusters would be as spread"))
             if (number := finite(diversity.get(k))) is not None and (shown := write_number(number, ""))
         ]
         cells += in_line(varied, f"Diversity of the {what}")
