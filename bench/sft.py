@@ -17,72 +17,39 @@ from side_by_side.networks import Counted, adamw, arguments, mixed_rows, own_net
 ROWS = 512
 
 
-def packed(rows: list[tuple[list[int], int]], context: int) -> list[list[tuple[list[int], int]]]:
-    """Return the rows in bins of at most `context` tokens: longest first, each into the fullest bin that has room."""
-    bins: list[list[tuple[list[int], int]]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda each: -len(each[0])):
-        fits = [place for place, left in enumerate(room) if left >= len(row[0])]
-        if fits:
-            place = min(fits, key=lambda each: room[each])
-            bins[place].append(row)
-            room[place] -= len(row[0])
-        else:
-            bins.append([row])
-            room.append(context - len(row[0]))
-    return bins
-
-
-def packed_batch(bins: list[list[tuple[list[int], int]]], context: int):
-    """Return bins as a batch in which a document sees itself alone."""
-    import torch
-
-    from trivium.batches import IGNORE, TokenBatch
-
-    ids, positions = (torch.zeros(len(bins), context, dtype=torch.long) for _ in range(2))
-    targets, documents = torch.full_like(ids, IGNORE), torch.full_like(ids, -1)
-    for place, rows in enumerate(bins):
-        at = 0
-        for number, (row, answer) in enumerate(rows):
-            end = at + len(row)
-            ids[place, at:end], positions[place, at:end] = torch.tensor(row), torch.arange(len(row))
-            targets[place, at + answer - 1 : end - 1] = torch.tensor(row[answer:])
-            documents[place, at:end] = number
-            at = end
-    return TokenBatch(input_ids=ids, targets=targets, positions=positions, document_ids=documents)
-
-
 def own(task: Task, clock: Clock) -> None:
     """Take steps as the stage takes them."""
     from trivium.config import RunSettings
-    from trivium.data.collate import pad_rows
-    from trivium.data.loader import RowLoader
     from trivium.stages.sft import objective
     from trivium.training.distributed import autocast
     from trivium.training.optim import Optimizer
     from trivium.training.step import train_step
 
-    shape, rows = task.shape, mixed_rows(task.shape, ROWS)
-    model = own_network(shape).train()
+    model = own_network(task.shape).train()
+    dealt = deal(task, mixed_rows(task.shape, ROWS))
     step = partial(train_step, partial(objective, model), lr_scale=1.0)
     precision, optimizer = autocast(RunSettings(precision=task.precision)), Optimizer(model, adamw())
-    if task.case == "padded":
-        masked = [(ids, [place >= answer for place in range(len(ids))]) for ids, answer in rows]
-        sizes = [len(ids) for ids, _ in rows]
-        loader = RowLoader(len(rows), shape.batch_size, 0, lengths=sizes)
-    else:
-        bins = packed(rows, shape.context)
-        sizes = [sum(len(ids) for ids, _ in each) for each in bins]
-        loader = RowLoader(len(bins), shape.batch_size, 0)
     for number in range(10**9):
-        chosen = loader.rows(number)
-        if task.case == "padded":
-            batch = pad_rows([masked[row] for row in chosen], 0)
-        else:
-            batch = packed_batch([bins[row] for row in chosen], shape.context)
-        step([batch], optimizer, precision=precision)
-        if clock.tick(sum(sizes[row] for row in chosen)):
+        step([dealt.batch(number)], optimizer, precision=precision)
+        if clock.tick(real_tokens(dealt, number)):
             return
+
+
+def deal(task: Task, rows: list[tuple[list[int], int]]):
+    """Return the stage's own dealer of batches: one conversation to a row, or packed."""
+    from trivium.data.conversations import Deal, Side
+
+    masked = [(ids, [place >= answer for place in range(len(ids))]) for ids, answer in rows]
+    context = task.shape.context if task.case == "packed" else 0
+    return Deal(Side(rows=masked), task.shape.batch_size, 0, 0, context=context)
+
+
+def real_tokens(dealt, number: int) -> int:
+    """Return the tokens of the conversations in a step's batch, padding left out."""
+    chosen = dealt.loader.rows(number)
+    if dealt.packs:
+        chosen = [row for place in chosen for row in dealt.packs[place]]
+    return sum(len(dealt.side.rows[row][0]) for row in chosen)
 
 
 def trl(task: Task, clock: Clock) -> None:

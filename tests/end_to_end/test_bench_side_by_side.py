@@ -1,5 +1,6 @@
 """`bench/side_by_side`: the clock, the ratios and the table by hand; our sides of all its benches at toy size."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -75,16 +76,15 @@ def test_our_side_of_every_case_does_its_work(machinery, name, tmp_path):
         assert clock.steps == 1 and clock.items > 0 and clock.elapsed > 0
 
 
-def test_packing_for_the_bench_keeps_every_row_and_fills_the_bins(bench_on_path):
-    """Lengths 9, 7, 5, 3, 2 into bins of 10: 9; 7 and 3; 5 and 2. The batch's targets are the answers'."""
-    sft = script("sft")
+@pytest.mark.parametrize("case", ["padded", "packed"])
+def test_the_sft_bench_counts_each_conversation_of_an_epoch_once_and_no_padding(machinery, case, tmp_path):
+    """Lengths 2 to 9 in rows of the shape's context: an epoch's tokens are those of the conversations it holds."""
+    sft, shape = script("sft"), dataclasses.replace(machinery.SHAPES["toy"], batch_size=1)
     rows = [([length] * length, 1) for length in (2, 9, 5, 7, 3)]
-    bins = sft.packed(rows, 10)
-    assert [[len(ids) for ids, _ in each] for each in bins] == [[9], [7, 3], [5, 2]]
-    batch = sft.packed_batch(bins, 10)
-    assert batch.targets[1].tolist() == [7] * 6 + [-100] + [3] * 2 + [-100]
-    assert batch.document_ids[2].tolist() == [0] * 5 + [1] * 2 + [-1] * 3
-    assert batch.positions[1].tolist() == [*range(7), *range(3)]
+    dealt = sft.deal(machinery.Task(case=case, shape=shape, precision="fp32", folder=tmp_path), rows)
+    epoch = range(dealt.loader.num_batches_per_epoch)
+    assert sum(sft.real_tokens(dealt, number) for number in epoch) == 2 + 9 + 5 + 7 + 3
+    assert sum(int((dealt.batch(number).targets >= 0).sum()) for number in epoch) == 1 + 8 + 4 + 6 + 2
 
 
 def test_generation_of_both_sides_is_of_the_same_network(machinery):
