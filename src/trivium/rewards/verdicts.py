@@ -21,6 +21,7 @@ LEAST_MASS = 0.01
 """What A and B together must have of the probability for an answer to be one: below, the model does not play along."""
 
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
+_MEANINGS: dict[str, Verdict] = {"A": "A", "B": "B", "C": "tie", "TIE": "tie"}
 _ALONE = re.compile(r"\W*(A|B|C|tie)\W*", re.IGNORECASE)
 
 
@@ -35,7 +36,7 @@ def parse_verdict(reply: object) -> Verdict | None:
     named = {found.upper() for found in _VERDICT.findall(reply)} or ({alone[1].upper()} if alone else set())
     if len(named) != 1:
         return None
-    return {"A": "A", "B": "B", "C": "tie", "TIE": "tie"}[named.pop()]  # type: ignore[return-value]
+    return _MEANINGS[named.pop()]
 
 
 def chance_of_a(choice: Sequence[float] | None) -> float | None:
