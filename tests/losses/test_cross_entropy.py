@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium.batches import IGNORE
 from trivium.losses import cross_entropy as module
-from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy, head_logprobs
-from trivium.losses.logprobs import token_logprobs
+from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy, head_logprobs, head_logprobs_and_entropy
+from trivium.losses.logprobs import entropy, token_logprobs
 
 
 def test_hand_worked_with_a_known_answer():
@@ -227,6 +227,29 @@ class TestHeadLogprobs:
         pieces = outcome(lambda h, w: head_logprobs(h, w, targets, temperature, chunk=chunk), hidden, weight, factors)
         for expected, found in zip(whole, pieces, strict=True):
             assert torch.allclose(expected, found, atol=5e-6)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    @pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+    def test_the_entropy_beside_them_is_that_of_the_whole_and_changes_no_gradient(self, chunk, temperature):
+        """Sharp distributions too: a score of 400 above the others leaves shares of exactly 0."""
+        hidden, weight, targets = head_case(5)
+        targets[0, :3] = IGNORE
+        hidden[1, 2] *= 400
+        trained, factors = targets != IGNORE, torch.randn(2, 7, generator=torch.Generator().manual_seed(6))
+        logprobs, spread = head_logprobs_and_entropy(hidden, weight, targets, temperature, chunk=chunk)
+        expected = entropy(hidden @ weight.T, temperature)
+        assert expected[1, 2] < 1e-6 < expected[0, 6]
+        assert torch.allclose(spread[trained], expected[trained], atol=5e-6)
+        assert torch.equal(logprobs, head_logprobs(hidden, weight, targets, temperature, chunk=chunk))
+
+        def both(h, w):
+            made, beside = head_logprobs_and_entropy(h, w, targets, temperature, chunk=chunk)
+            assert made.requires_grad and not beside.requires_grad
+            return made
+
+        alone = outcome(lambda h, w: head_logprobs(h, w, targets, temperature, chunk=chunk), hidden, weight, factors)
+        for one, other in zip(alone, outcome(both, hidden, weight, factors), strict=True):
+            assert torch.equal(one, other)
 
     def test_small_ones_are_to_the_bit_what_they_were(self):
         hidden, weight, targets = head_case(3)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from trivium.batches import IGNORE
-from trivium.losses.logprobs import token_logprobs
+from trivium.losses.logprobs import entropy, token_logprobs
 
 PLAIN_BYTES = 32 * 2**20
 """Logits of up to so many bytes are formed all at once."""
@@ -47,13 +47,23 @@ def head_cross_entropy(
     """
     if chunk is None and 4 * weight.shape[0] * targets.numel() <= PLAIN_BYTES:
         return cross_entropy(linear(hidden, weight), targets, z_loss)
-    return _in_chunks(hidden, weight, targets, z_loss, chunk, at_once=True)
+    return _in_chunks(hidden, weight, targets, z_loss, chunk, at_once=True)[0]
 
 
 def _in_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int | None, *, at_once: bool
-) -> Tensor:
-    """Return the losses [B, T]; `at_once`: gradients are computed beside them, as for a sum of the losses."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_loss: float,
+    chunk: int | None,
+    *,
+    at_once: bool,
+    spread: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses [B, T] and, with `spread`, the entropies, which keep no gradient (without, zeros).
+
+    `at_once`: gradients are computed beside the losses, as for their sum.
+    """
     if chunk is None:
         room = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
         chunk = max(1, room // (4 * weight.shape[0]))
@@ -62,8 +72,10 @@ def _in_chunks(
     trained = targets != IGNORE
     # Asked here: inside a Function gradients are off in any case, and it is told that it needs them also under no_grad.
     wanted = at_once and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    losses: Tensor = _HeadLoss.apply(hidden[trained], weight, targets[trained], z_loss, chunk, wanted)  # type: ignore[no-untyped-call]
-    return torch.zeros(targets.shape, device=losses.device).masked_scatter(trained, losses)
+    parts = hidden[trained], weight, targets[trained]
+    losses, entropies = _HeadLoss.apply(*parts, z_loss, chunk, wanted, spread)  # type: ignore[no-untyped-call]
+    zeros = torch.zeros(targets.shape, device=losses.device)
+    return zeros.masked_scatter(trained, losses), zeros.masked_scatter(trained, entropies) if spread else zeros
 
 
 def head_logprobs(
@@ -78,9 +90,29 @@ def head_logprobs(
     """
     if (chunk is None and 4 * weight.shape[0] * targets.numel() <= PLAIN_BYTES) or not temperature > 0:
         return token_logprobs(linear(hidden, weight), targets, temperature)
+    return _logprobs_in_chunks(hidden, weight, targets, temperature, chunk, spread=False)[0]
+
+
+def head_logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `head_logprobs` and the entropy of each position's distribution, both fp32 [B, T] in nats.
+
+    The entropy keeps no gradient; where the logits are not formed all at once it is 0 at positions to IGNORE.
+    """
+    if (chunk is None and 4 * weight.shape[0] * targets.numel() <= PLAIN_BYTES) or not temperature > 0:
+        logits = linear(hidden, weight)
+        return token_logprobs(logits, targets, temperature), entropy(logits.detach(), temperature)
+    return _logprobs_in_chunks(hidden, weight, targets, temperature, chunk, spread=True)
+
+
+def _logprobs_in_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None, *, spread: bool
+) -> tuple[Tensor, Tensor]:
     # Every token's gradient has a factor of its own (its advantage), so none is computed before that is known.
     scaled = hidden if temperature == 1.0 else hidden / temperature
-    return -_in_chunks(scaled, weight, targets, 0.0, chunk, at_once=False)
+    losses, entropies = _in_chunks(scaled, weight, targets, 0.0, chunk, at_once=False, spread=spread)
+    return -losses, entropies
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -93,28 +125,32 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, wanted: bool
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int, wanted: bool, spread: bool
+    ) -> tuple[Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         ctx.z_loss, ctx.chunk, ctx.dtype, ctx.wanted = z_loss, chunk, dtype, wanted
         learns = ctx.needs_input_grad[1]  # a frozen output matrix, as under adapters, needs no gradient
-        losses, *gradients = _walk(hidden.to(dtype), weight.to(dtype), targets, z_loss, chunk, None, wanted, learns)
+        entropies = torch.empty(len(targets) if spread else 0, device=hidden.device)
+        parts = hidden.to(dtype), weight.to(dtype), targets
+        losses, *gradients = _walk(*parts, z_loss, chunk, None, wanted, learns, entropies)
         ctx.save_for_backward(hidden, weight, targets, *gradients)
-        return losses
+        ctx.mark_non_differentiable(entropies)
+        return losses, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factors: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, for_hidden, for_weight = ctx.saved_tensors
         if ctx.wanted and bool((factors == factors[:1]).all()):
             if len(factors):
                 for_hidden, for_weight = for_hidden * factors[0], for_weight * factors[0]
         else:
             parts = hidden.to(ctx.dtype), weight.to(ctx.dtype), targets
-            _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True, ctx.needs_input_grad[1])
+            learns, nothing = ctx.needs_input_grad[1], factors.new_empty(0)
+            _, for_hidden, for_weight = _walk(*parts, ctx.z_loss, ctx.chunk, factors, True, learns, nothing)
         learned = for_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return for_hidden.to(hidden.dtype), learned, None, None, None, None
+        return for_hidden.to(hidden.dtype), learned, None, None, None, None, None
 
 
 def _walk(
@@ -126,10 +162,12 @@ def _walk(
     factors: Tensor | None,
     wanted: bool,
     learns: bool,
+    entropies: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses fp32 [N] and, where wanted, the gradients of their sum (times `factors`): [N, H], fp32 [V, H].
 
-    The second only where the weight `learns`; empty tensors stand for what is not computed.
+    The second only where the weight `learns`; empty tensors stand for what is not computed. `entropies` [N] is filled,
+    unless it is empty.
     """
     losses = torch.empty(len(targets), device=hidden.device)
     for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
@@ -147,6 +185,8 @@ def _walk(
             total = shares.sum(-1, keepdim=True)
             normaliser = total.log() + top
             losses[part] = (normaliser - picked + z_loss * normaliser.square())[:, 0]
+            if len(entropies):  # with e = exp(z - top), whose sum is total: H = log(total) - sum(e log e) / total
+                entropies[part] = (total.log() + torch.special.entr(shares).sum(-1, keepdim=True) / total)[:, 0]
             if wanted:
                 # d loss / d z = softmax(z) (1 + 2 z_loss logsumexp(z)) - onehot(y)
                 slope = shares.mul_((1 + 2 * z_loss * normaliser) / total).scatter_add_(1, goal, -torch.ones_like(top))

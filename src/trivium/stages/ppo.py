@@ -20,7 +20,8 @@ from trivium.config import CodeRef, ConfigError, Dial, InputPath, Ref, bounds, l
 from trivium.data.loader import RowLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.losses import ppo as losses
-from trivium.losses.logprobs import entropy, masked_mean, masked_sum, token_logprobs
+from trivium.losses.cross_entropy import head_logprobs_and_entropy
+from trivium.losses.logprobs import masked_mean, masked_sum
 from trivium.models.adapter_folder import save_adapted
 from trivium.models.generate import Generated
 from trivium.models.heads import ScalarModel
@@ -98,13 +99,13 @@ def objective(
         return text_objective(policy, batch)
     if hidden is None:
         hidden = policy(batch.tokens.input_ids, positions=batch.tokens.positions)
-    logits = policy.logits(hidden)
-    logprobs = token_logprobs(logits, batch.tokens.targets, config.sampling.temperature)
+    head = policy.lm_head.weight
+    logprobs, spread = head_logprobs_and_entropy(hidden, head, batch.tokens.targets, config.sampling.temperature)
     loss = losses.policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range, batch.mask)
     with torch.no_grad():
         clipped = losses.is_clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range)
-        figures = {"clip_frac": clipped.float(), "entropy": entropy(logits, config.sampling.temperature)}
-        figures["approx_kl"] = losses.kl_k3(batch.old_logprobs, logprobs)
+        approx_kl = losses.kl_k3(batch.old_logprobs, logprobs)
+        figures = {"clip_frac": clipped.float(), "entropy": spread, "approx_kl": approx_kl}
     return LossOutput(total=loss.sum(), metrics={name: each[batch.mask].sum() for name, each in figures.items()})
 
 
