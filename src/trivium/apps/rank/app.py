@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -25,6 +27,9 @@ from trivium.records import Demonstration, Ranking
 FOLDER = Path(__file__).parent
 KIND: Final = "human"
 """Whoever answers on this page is a person: no field of a request can say otherwise."""
+
+FETCHES = 2
+"""Tasks looked up at a time; the others wait, so that whoever has answered does not stand behind all who want more."""
 
 DAY_S = 86_400.0
 
@@ -102,13 +107,11 @@ def create_app(
         """Return the page; everything in it comes from the calls below."""
         return page.render(annotator=annotator, collection=collection)
 
-    @app.get("/api/task")
-    def task(annotator: Name, request: Request) -> dict[str, Any]:
-        """Return the next task for an annotator, kept for them a while (null: none is left), and how far they are."""
+    def fetch(annotator: str, request: Request) -> AsciiJSONResponse:
         access.check(request, annotator)
         found, left = next_task(store, annotator, collection=collection, kind=KIND)
         progress = store.progress(collection, KIND, annotator)
-        return {
+        answer = {
             "task": None if found is None else _shown(store, found, annotator),
             "shut": found is None and bool(shut_out(store, annotator, collection, KIND)),
             "progress": {
@@ -119,6 +122,14 @@ def create_app(
                 "mean_seconds": progress.mean_seconds,
             },
         }
+        return AsciiJSONResponse(answer)
+
+    fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+
+    @app.get("/api/task", response_model=dict[str, Any])
+    async def task(annotator: Name, request: Request) -> AsciiJSONResponse:
+        """Return the next task for an annotator, kept for them a while (null: none is left), and how far they are."""
+        return await asyncio.get_running_loop().run_in_executor(fetching, fetch, annotator, request)
 
     return app
 

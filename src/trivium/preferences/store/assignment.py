@@ -7,6 +7,7 @@ not the responses: none of them is training data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,14 +32,25 @@ def open_tasks(connection: Connection, collection: str | None, annotator: str, k
     and qualification questions have a place for everybody; a repeat, for who judged the original and
     `REPEAT_AFTER` other tasks since.
     """
-    query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
-    for table in (schema.rankings, schema.skips):
-        theirs = (table.c.annotator == annotator) & (table.c.kind == kind)
-        query = query.where(~sa.exists().where(table.c.task_id == schema.tasks.c.id, theirs))
-    found = [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+    asked = {"collection": collection, "annotator": annotator, "kind": kind}
+    found = [rows.to_task(row) for row in connection.execute(_unanswered(collection is None), asked).mappings()]
     held = _held(connection, annotator, kind)
     ago = _judged_ago(connection, annotator, kind)
     return [task for task in found if _has_place(task, held, ago)]
+
+
+@functools.cache
+def _unanswered(everywhere: bool) -> sa.Select[Any]:
+    """Return the query for the tasks, of :collection or of all, that :annotator has neither judged nor skipped."""
+    query = rows.tasks_with_counts().order_by(schema.tasks.c.collection, schema.tasks.c.position)
+    for table in (schema.rankings, schema.skips):
+        query = query.where(~sa.exists().where(table.c.task_id == schema.tasks.c.id, _theirs(table)))
+    return query if everywhere else query.where(schema.tasks.c.collection == sa.bindparam("collection"))
+
+
+def _theirs(table: sa.Table) -> sa.ColumnElement[bool]:
+    """Return the condition that a row is of :annotator, who is of :kind."""
+    return (table.c.annotator == sa.bindparam("annotator")) & (table.c.kind == sa.bindparam("kind"))
 
 
 def _has_place(task: Task, held: dict[str, int], ago: dict[str, int]) -> bool:
@@ -50,22 +62,35 @@ def _has_place(task: Task, held: dict[str, int], ago: dict[str, int]) -> bool:
 
 
 def _held(connection: Connection, annotator: str, kind: AnnotatorKind) -> dict[str, int]:
-    """Return how many others hold a live lease, by task; one who has answered no longer holds it."""
+    """Return how many others hold a live lease, by task."""
+    asked = {"annotator": annotator, "kind": kind, "now": rows.now()}
+    return {task: count for task, count in connection.execute(_held_by_others(), asked)}
+
+
+@functools.cache
+def _held_by_others() -> sa.Select[Any]:
+    """Return the query for each task with how many live leases others than :annotator have; who answered has none."""
     leases, answers = schema.leases, schema.rankings
+    kind: sa.BindParameter[str] = sa.bindparam("kind")
     query = sa.select(leases.c.task_id, sa.func.count()).group_by(leases.c.task_id)
-    query = query.where(leases.c.kind == kind, leases.c.annotator != annotator, leases.c.expires_at > rows.now())
+    query = query.where(leases.c.kind == kind, leases.c.annotator != sa.bindparam("annotator"))
     answered = sa.exists().where(
         answers.c.task_id == leases.c.task_id, answers.c.annotator == leases.c.annotator, answers.c.kind == kind
     )
-    return {task: count for task, count in connection.execute(query.where(~answered))}
+    return query.where(leases.c.expires_at > sa.bindparam("now"), ~answered)
 
 
 def _judged_ago(connection: Connection, annotator: str, kind: AnnotatorKind) -> dict[str, int]:
     """Return how many judgements this annotator has given since each task they judged."""
-    table = schema.rankings
-    query = sa.select(table.c.task_id).where(table.c.annotator == annotator, table.c.kind == kind)
-    order = [task for (task,) in connection.execute(query.where(table.c.revision == 0).order_by(table.c.sequence))]
+    order = list(connection.scalars(_JUDGED, {"annotator": annotator, "kind": kind}))
     return {task: len(order) - 1 - place for place, task in enumerate(order)}
+
+
+_JUDGED = (
+    sa.select(schema.rankings.c.task_id)
+    .where(_theirs(schema.rankings), schema.rankings.c.revision == 0)
+    .order_by(schema.rankings.c.sequence)
+)
 
 
 def take(
@@ -75,10 +100,8 @@ def take(
 
     What the annotator holds already comes first: a page that is opened again shows the same task.
     """
-    table = schema.leases
     key = {"annotator": annotator, "kind": kind}
-    own = (table.c.annotator == annotator) & (table.c.kind == kind) & (table.c.expires_at > rows.now())
-    holding = set(connection.scalars(sa.select(table.c.task_id).where(own)))
+    holding = set(connection.scalars(_HOLDING, key | {"now": rows.now()}))
     for task in sorted(tasks, key=lambda task: task.id not in holding):
         if connection.dialect.name == "postgresql":  # two who want the last place wait for each other
             connection.execute(sa.select(schema.tasks.c.id).where(schema.tasks.c.id == task.id).with_for_update())
@@ -86,18 +109,26 @@ def take(
             judged = len(_judged_by(connection, task.id, kind))
             if judged + _held(connection, annotator, kind).get(task.id, 0) >= task.overlap:
                 continue
-        mine = (table.c.task_id == task.id) & (table.c.annotator == annotator) & (table.c.kind == kind)
-        connection.execute(table.delete().where(mine))
-        values = {"task_id": task.id, "expires_at": rows.moment(seconds), **key}
-        connection.execute(table.insert(), values)
+        release(connection, task.id, annotator, kind)
+        connection.execute(_LEASE, {"task_id": task.id, "expires_at": rows.moment(seconds), **key})
         return task
     return None
 
 
+_LIVE = schema.leases.c.expires_at > sa.bindparam("now")
+_HOLDING = sa.select(schema.leases.c.task_id).where(_theirs(schema.leases), _LIVE)
+_LEASE = schema.leases.insert()
+
+
 def _judged_by(connection: Connection, task: str, kind: str) -> set[str]:
-    table = schema.rankings
-    query = sa.select(table.c.annotator).where(table.c.task_id == task, table.c.kind == kind, ~table.c.adjudicates)
-    return set(connection.scalars(query))
+    return set(connection.scalars(_JUDGES, {"task": task, "kind": kind}))
+
+
+_JUDGES = sa.select(schema.rankings.c.annotator).where(
+    schema.rankings.c.task_id == sa.bindparam("task"),
+    schema.rankings.c.kind == sa.bindparam("kind"),
+    ~schema.rankings.c.adjudicates,
+)
 
 
 def check_place(connection: Connection, task: Task, annotator: str, kind: str) -> None:
@@ -107,17 +138,16 @@ def check_place(connection: Connection, task: Task, annotator: str, kind: str) -
     judged = _judged_by(connection, task.id, kind)
     if annotator in judged or len(judged) < task.overlap:
         return
-    table = schema.leases
-    mine = (table.c.task_id == task.id) & (table.c.annotator == annotator) & (table.c.kind == kind)
-    if connection.scalar(sa.select(table.c.expires_at).where(mine, table.c.expires_at > rows.now())) is None:
+    if task.id not in connection.scalars(_HOLDING, {"annotator": annotator, "kind": kind, "now": rows.now()}).all():
         raise Full("others have finished this task while it lay here; nothing was stored, the next one follows")
 
 
 def release(connection: Connection, task: str, annotator: str, kind: str) -> None:
     """Give up an annotator's lease: they have answered, or passed."""
-    table = schema.leases
-    mine = (table.c.task_id == task) & (table.c.annotator == annotator) & (table.c.kind == kind)
-    connection.execute(table.delete().where(mine))
+    connection.execute(_RELEASE, {"task": task, "annotator": annotator, "kind": kind})
+
+
+_RELEASE = schema.leases.delete().where(schema.leases.c.task_id == sa.bindparam("task"), _theirs(schema.leases))
 
 
 def add_repeats(connection: Connection, collection: str, fraction: float, seed: int) -> int:

@@ -100,23 +100,22 @@ class Store:
     def tasks(self, collection: str | None = None, *, kind: AnnotatorKind = "human") -> list[Task]:
         """Return the tasks of a collection (None: of all), in order, with the judgements of `kind` each has."""
         with self.reading() as connection:
-            query = rows.tasks_with_counts(kind).order_by(schema.tasks.c.collection, schema.tasks.c.position)
-            return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+            query = rows.tasks_with_counts().order_by(schema.tasks.c.collection, schema.tasks.c.position)
+            found = connection.execute(rows.within(query, collection), {"kind": kind})
+            return [rows.to_task(row) for row in found.mappings()]
 
     def questions(self, collection: str | None, purpose: Purpose) -> list[Task]:
         """Return the tasks of one purpose, their judgements not counted."""
-        query = sa.select(schema.tasks).where(schema.tasks.c.purpose == purpose)
         with self.reading() as connection:
-            return [rows.to_task(row) for row in connection.execute(rows.within(query, collection)).mappings()]
+            return rows.questions(connection, collection, purpose)
 
     def task(self, identifier: str, *, kind: AnnotatorKind = "human") -> Task:
         """Return one task. Raises UnknownTask."""
         with self.reading() as connection:
-            query = rows.tasks_with_counts(kind).where(schema.tasks.c.id == identifier)
-            row = connection.execute(query).mappings().first()
-        if row is None:
+            found = rows.task(connection, identifier, kind)
+        if found is None:
             raise UnknownTask(f"there is no task {identifier[:40]!r}; reload the page for the next one")
-        return rows.to_task(row)
+        return found
 
     def open_tasks(self, collection: str | None, annotator: str, kind: AnnotatorKind = "human") -> list[Task]:
         """Return what this annotator may be asked: not judged or skipped by them, and with a place left."""
@@ -155,11 +154,8 @@ class Store:
 
     def description(self, collection: str) -> tuple[str, float]:
         """Return a collection's instructions (empty: none) and its pass mark."""
-        table = schema.collections
-        query = sa.select(table.c.instructions, table.c.pass_mark).where(table.c.name == collection)
         with self.reading() as connection:
-            found = connection.execute(query).first()
-        return ("", 0.0) if found is None else (found[0], found[1])
+            return rows.description(connection, collection)
 
     def set_priorities(self, priorities: Mapping[str, float]) -> None:
         """Set how much an answer to each of these tasks would teach; the higher are asked first."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -30,24 +32,51 @@ class Progress:
 
 def progress(connection: Connection, collection: str | None, kind: AnnotatorKind, annotator: str | None) -> Progress:
     """Return how far a collection is, or one annotator with it; see `Store.progress`."""
-    answers, skips, tasks = schema.rankings, schema.skips, schema.tasks
-    ordinary = tasks.c.purpose == "rank"
-    given = sa.select(sa.func.count(), sa.func.avg(answers.c.seconds)).select_from(answers.join(tasks))
-    given = given.where(answers.c.kind == kind, answers.c.revision == 0, ~answers.c.adjudicates, ordinary)
-    passed = sa.select(skips.c.task_id).select_from(skips.join(tasks)).where(skips.c.kind == kind, ordinary)
-    if annotator is not None:
-        given = given.where(answers.c.annotator == annotator)
-        passed = passed.where(skips.c.annotator == annotator)
-    number, pace = connection.execute(rows.within(given, collection)).one()
-    passes = Counter(connection.scalars(rows.within(passed, collection)))
+    asked = {"collection": collection, "kind": kind, "annotator": annotator}
+    one, everywhere = annotator is not None, collection is None
+    number, pace = connection.execute(_given(one, everywhere), asked).one()
+    passes = Counter(connection.scalars(_passed(one, everywhere), asked))
     skipped = passes.total()
-    if annotator is not None:  # asked for with every task that is shown, so the judgements of others are not counted
-        size = connection.scalar(rows.within(sa.select(sa.func.count()).select_from(tasks).where(ordinary), collection))
-        total, done, waiting = size or 0, number, (size or 0) - number - skipped
+    if one:  # asked for with every task that is shown, so the judgements of others are not counted
+        total = connection.scalar(_size(everywhere), asked) or 0
+        done, waiting = number, total - number - skipped
     else:
-        query = rows.within(rows.tasks_with_counts(kind).where(ordinary), collection)
-        every = [rows.to_task(row) for row in connection.execute(query).mappings()]
+        every = [rows.to_task(row) for row in connection.execute(_counted(everywhere), asked).mappings()]
         total, done = len(every), sum(task.judgements >= task.overlap for task in every)
         waiting = sum(task.judgements + passes[task.id] < task.overlap for task in every)
     pace_s = float(pace or 0.0)
     return Progress(tasks=total, done=done, waiting=waiting, rankings=number, skips=skipped, mean_seconds=pace_s)
+
+
+def _ordinary(query: sa.Select[Any], everywhere: bool) -> sa.Select[Any]:
+    """Return the query narrowed to ordinary tasks, of :collection or of all."""
+    query = query.where(schema.tasks.c.purpose == "rank")
+    return query if everywhere else query.where(schema.tasks.c.collection == sa.bindparam("collection"))
+
+
+@functools.cache
+def _given(one: bool, everywhere: bool) -> sa.Select[Any]:
+    """Return the query for the number of first judgements, of :annotator or of all, and their mean seconds."""
+    table = schema.rankings
+    query = sa.select(sa.func.count(), sa.func.avg(table.c.seconds)).select_from(table.join(schema.tasks))
+    query = query.where(table.c.kind == sa.bindparam("kind"), table.c.revision == 0, ~table.c.adjudicates)
+    return _ordinary(query.where(table.c.annotator == sa.bindparam("annotator")) if one else query, everywhere)
+
+
+@functools.cache
+def _passed(one: bool, everywhere: bool) -> sa.Select[Any]:
+    """Return the query for the tasks that :annotator skipped, or for a task once for each who did."""
+    table = schema.skips
+    query = sa.select(table.c.task_id).select_from(table.join(schema.tasks))
+    query = query.where(table.c.kind == sa.bindparam("kind"))
+    return _ordinary(query.where(table.c.annotator == sa.bindparam("annotator")) if one else query, everywhere)
+
+
+@functools.cache
+def _size(everywhere: bool) -> sa.Select[Any]:
+    return _ordinary(sa.select(sa.func.count()).select_from(schema.tasks), everywhere)
+
+
+@functools.cache
+def _counted(everywhere: bool) -> sa.Select[Any]:
+    return _ordinary(rows.tasks_with_counts(), everywhere)

@@ -1,8 +1,13 @@
-"""Records as rows and rows as records, and the few queries that everything else is made of."""
+"""Records as rows and rows as records, and the few queries that everything else is made of.
+
+What a page asks at every request is built once, with names for what changes: SQLAlchemy takes longer to build such a
+query than SQLite to answer it.
+"""
 
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +17,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from trivium.config import UserError
 from trivium.preferences.store import schema
-from trivium.preferences.store.judgements import Task
+from trivium.preferences.store.judgements import Purpose, Task
 from trivium.records import Completion, Conversation, Message, Ranking, to_tool_calls
 
 CHUNK = 500
@@ -113,15 +118,51 @@ def within(query: sa.Select[Any], collection: str | None) -> sa.Select[Any]:
     return query if collection is None else query.where(schema.tasks.c.collection == collection)
 
 
-def tasks_with_counts(kind: str) -> sa.Select[Any]:
-    """Return the query for all tasks with `judgements`, the number of annotators of `kind` who have answered.
+@functools.cache
+def tasks_with_counts() -> sa.Select[Any]:
+    """Return the query for all tasks with `judgements`, the number of annotators of :kind who have answered.
 
     Counted task by task, along the index: where the query asks for few tasks, few judgements are looked at.
     """
     table = schema.rankings
     judged = sa.select(sa.func.count(sa.distinct(table.c.annotator)))
-    judged = judged.where(table.c.task_id == schema.tasks.c.id, table.c.kind == kind, ~table.c.adjudicates)
+    judged = judged.where(table.c.task_id == schema.tasks.c.id, table.c.kind == sa.bindparam("kind"))
+    judged = judged.where(~table.c.adjudicates)
     return sa.select(schema.tasks, judged.correlate(schema.tasks).scalar_subquery().label("judgements"))
+
+
+def task(connection: Connection, identifier: str, kind: str) -> Task | None:
+    """Return one task with its judgements of `kind`; None where there is none of that id."""
+    row = connection.execute(_task(), {"id": identifier, "kind": kind}).mappings().first()
+    return None if row is None else to_task(row)
+
+
+@functools.cache
+def _task() -> sa.Select[Any]:
+    return tasks_with_counts().where(schema.tasks.c.id == sa.bindparam("id"))
+
+
+def questions(connection: Connection, collection: str | None, purpose: Purpose) -> list[Task]:
+    """Return the tasks of one purpose, of one collection or of all, their judgements not counted."""
+    found = connection.execute(_questions(collection is None), {"collection": collection, "purpose": purpose})
+    return [to_task(row) for row in found.mappings()]
+
+
+@functools.cache
+def _questions(everywhere: bool) -> sa.Select[Any]:
+    query = sa.select(schema.tasks).where(schema.tasks.c.purpose == sa.bindparam("purpose"))
+    return query if everywhere else query.where(schema.tasks.c.collection == sa.bindparam("collection"))
+
+
+def description(connection: Connection, collection: str) -> tuple[str, float]:
+    """Return a collection's instructions (empty: none) and its pass mark."""
+    found = connection.execute(_DESCRIPTION, {"name": collection}).first()
+    return ("", 0.0) if found is None else (found[0], found[1])
+
+
+_DESCRIPTION = sa.select(schema.collections.c.instructions, schema.collections.c.pass_mark).where(
+    schema.collections.c.name == sa.bindparam("name")
+)
 
 
 def insert_new(connection: Connection, table: sa.Table, values: Iterable[Mapping[str, Any]]) -> None:
@@ -155,9 +196,13 @@ def by_ids(connection: Connection, table: sa.Table, ids: Iterable[str]) -> list[
     names = list(dict.fromkeys(ids))
     found: list[RowMapping] = []
     for start in range(0, len(names), CHUNK):
-        query = sa.select(table).where(table.c.id.in_(names[start : start + CHUNK]))
-        found.extend(connection.execute(query).mappings())
+        found.extend(connection.execute(_with_ids(table), {"ids": names[start : start + CHUNK]}).mappings())
     return found
+
+
+@functools.cache
+def _with_ids(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(table).where(table.c.id.in_(sa.bindparam("ids", expanding=True)))
 
 
 def all_by_ids(connection: Connection, table: sa.Table, ids: Iterable[str]) -> list[RowMapping]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
@@ -25,10 +28,8 @@ def submit(
     asked = _find_task(connection, ranking, collection, task)
     check_ranking(ranking, asked.completion_ids)
     key = key or content_id("submission", asked.id, ranking.id)
-    table = schema.rankings
-    theirs = (table.c.annotator == ranking.annotator) & (table.c.kind == ranking.kind)
-    query = sa.select(table).where(table.c.task_id == asked.id, theirs).order_by(table.c.revision)
-    history = connection.execute(query).mappings().all()
+    about = {"task": asked.id, "annotator": ranking.annotator, "kind": ranking.kind}
+    history = connection.execute(_HISTORY, about).mappings().all()
     for row in history:
         if row["idempotency_key"] == key:
             if row["ranking_id"] != ranking.id:
@@ -56,9 +57,21 @@ def submit(
         "created_at": rows.now(),
         "soft": ranking.soft,
     }
-    connection.execute(table.insert(), values)
+    connection.execute(_INSERT, values)
     release(connection, asked.id, ranking.annotator, ranking.kind)
     return True
+
+
+_HISTORY = (
+    sa.select(schema.rankings)
+    .where(
+        schema.rankings.c.task_id == sa.bindparam("task"),
+        schema.rankings.c.annotator == sa.bindparam("annotator"),
+        schema.rankings.c.kind == sa.bindparam("kind"),
+    )
+    .order_by(schema.rankings.c.revision)
+)
+_INSERT = schema.rankings.insert()
 
 
 def submit_edit(connection: Connection, task: Task, original: str, text: str, annotator: str) -> bool:
@@ -79,12 +92,8 @@ def submit_edit(connection: Connection, task: Task, original: str, text: str, an
 
 
 def _find_task(connection: Connection, ranking: Ranking, collection: str, task: str) -> Task:
-    # FOR UPDATE makes two submissions about one task wait for each other on PostgreSQL; SQLite has one writer anyway.
-    query = sa.select(schema.tasks).where(schema.tasks.c.collection == collection).with_for_update()
-    query = query.where(schema.tasks.c.id == task if task else schema.tasks.c.prompt_id == ranking.prompt_id)
-    if not task:
-        query = query.where(schema.tasks.c.purpose == "rank")
-    found = [rows.to_task(row) for row in connection.execute(query).mappings()]
+    asked = {"collection": collection, "task": task, "prompt": ranking.prompt_id}
+    found = [rows.to_task(row) for row in connection.execute(_task_asked(bool(task)), asked).mappings()]
     named = {name for group in ranking.groups for name in group} | set(ranking.order_shown)
     if len(found) > 1:
         found = [each for each in found if set(each.completion_ids) == named]
@@ -94,3 +103,14 @@ def _find_task(connection: Connection, ranking: Ranking, collection: str, task: 
         )
         raise UnknownTask(f"collection {collection!r} has no {about}")
     return found[0]
+
+
+@functools.cache
+def _task_asked(named: bool) -> sa.Select[Any]:
+    """Return the query for the :task of a :collection or, where none is named, for the ordinary ones of a :prompt."""
+    table = schema.tasks
+    # FOR UPDATE makes two submissions about one task wait for each other on PostgreSQL; SQLite has one writer anyway.
+    query = sa.select(table).where(table.c.collection == sa.bindparam("collection")).with_for_update()
+    if named:
+        return query.where(table.c.id == sa.bindparam("task"))
+    return query.where(table.c.prompt_id == sa.bindparam("prompt"), table.c.purpose == "rank")
