@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import trivium.apps.rank as rank_package
+import trivium.apps.rank.app as rank_app
 from trivium.apps.rank import create_app, serve
 from trivium.apps.rank.security import MAX_BODY_BYTES
 from trivium.config import UserError
@@ -255,3 +257,39 @@ def test_ranking_and_preferences_need_no_torch():
     modules = "trivium.apps.rank, trivium.preferences.store, trivium.preferences.assign, trivium.preferences.bias"
     code = f"import sys, {modules}\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_an_answer_does_not_stand_behind_all_who_ask_for_a_task(serving, store, monkeypatch):
+    """Fetches that hang, more than the server has threads for everything else, and an answer that comes meanwhile."""
+    free, hanging = threading.Event(), threading.Semaphore(0)
+    found = rank_app.next_task(store, "ann", collection="c")
+
+    def hangs(*_, **__):
+        hanging.release()
+        assert free.wait(30)
+        return found
+
+    before = set(threading.enumerate())
+    with serving(create_app(store, collection="c")) as address:
+        token = httpx.get(f"{address}/api/session")
+        client = httpx.Client(
+            base_url=address, cookies=token.cookies, headers={"origin": address, "x-csrf-token": token.json()["token"]}
+        )
+        monkeypatch.setattr(rank_app, "next_task", hangs)
+        ask = {"params": {"annotator": "bob"}, "timeout": 60}
+        people = [threading.Thread(target=httpx.get, args=[f"{address}/api/task"], kwargs=ask) for _ in range(60)]
+        try:
+            for person in people:
+                person.start()
+            assert all(hanging.acquire(timeout=20) for _ in range(rank_app.FETCHES))
+            given = {"task": found[0].id, "annotator": "ann", "groups": [[2], [0, 3], [1]], "key": "k1"}
+            assert client.post("/api/rank", json=given, timeout=10).json() == {"stored": True}
+            assert not hanging.acquire(blocking=False), "no more of them at a time"
+        finally:
+            free.set()
+        for person in people:
+            person.join()
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("fetch")]
+    for thread in left:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in left), "the server's threads end with it"

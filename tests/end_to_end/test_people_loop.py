@@ -91,11 +91,18 @@ def test_from_invitation_to_a_blind_comparison_without_touching_a_file(tmp_path)
     assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"] <= 1
 
 
+STORM = pytest.param((50, 200, 50), id="storm", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+"""10,000 judgements by 50 annotators, the server killed 50 times."""
+
+
+@pytest.mark.parametrize("size", [pytest.param((8, 12, 2), id="breeze"), STORM])
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_r31_no_acknowledged_judgement_is_lost_and_none_doubled(database, request, tmp_path):
-    """Eight annotators, two kills; the full storm is `python3 bootstrap.py bench rank_load`."""
+def test_r31_no_acknowledged_judgement_is_lost_and_none_doubled(database, size, request, tmp_path):
+    """So many annotators, tasks for each, and kills."""
     bench = load("rank_load")
-    words = ["--annotators", "8", "--tasks", "12", "--kills", "2", "--results", str(tmp_path / "r.json")]
+    annotators, tasks, kills = size
+    words = ["--annotators", str(annotators), "--tasks", str(tasks), "--kills", str(kills)]
+    words += ["--results", str(tmp_path / "r.json")]
     if database == "postgres":
         location = request.getfixturevalue("postgres")
         engine = schema.make_engine(location)
@@ -103,4 +110,4 @@ def test_r31_no_acknowledged_judgement_is_lost_and_none_doubled(database, reques
         engine.dispose()
         words += ["--database", location]
     figures = bench.run(bench.parse(words))
-    assert (figures["judgements"], figures["lost"], figures["doubled"]) == (96, 0, 0)
+    assert (figures["judgements"], figures["lost"], figures["doubled"]) == (annotators * tasks, 0, 0)

@@ -72,10 +72,14 @@ def test_the_steps_lead_from_nothing_to_the_tables_of_today(empty):
     assert steps.get_heads() == [str(schema.SCHEMA_VERSION)]
 
 
+FULL = pytest.param(50_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+"""Tasks with two judgements each: 100,000 rows of what people said, 400,000 in all."""
+
+
+@pytest.mark.parametrize("number", [300, FULL])
 @pytest.mark.parametrize("version", EARLIER)
-def test_r33_up_down_and_up_again_export_the_same_bytes(empty, tmp_path, version):
+def test_r33_up_down_and_up_again_export_the_same_bytes(empty, tmp_path, version, number):
     location, engine = empty
-    number = 300
     fill(location, number)
 
     def export(name):

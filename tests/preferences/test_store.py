@@ -234,8 +234,12 @@ def test_export_is_the_fields_schema(store, tmp_path):
     assert row["created_at"].startswith("20")
 
 
-def test_concurrent_annotators_lose_nothing_and_double_nothing(store):
-    num_tasks, num_people = 15, 6
+STORM = pytest.param(200, 50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+
+
+@pytest.mark.parametrize(("num_tasks", "num_people"), [(15, 6), STORM])
+def test_r30_concurrent_annotators_lose_nothing_and_double_nothing(store, num_tasks, num_people):
+    """In the soak 10,000 judgements of 50 people, each sent twice, and 50 tabs of one person at once."""
     tasks = store.add_tasks("c", [ask(f"p{i}") for i in range(num_tasks)], overlap=num_people)
 
     def work(person):

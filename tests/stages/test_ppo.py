@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
-from trivium.batches import RolloutBatch
+from trivium.batches import LossOutput, RolloutBatch
 from trivium.config import ConfigError, UserError
 from trivium.losses.logprobs import masked_sum, token_logprobs
 from trivium.models.hf import load_model
@@ -83,6 +84,32 @@ def test_before_the_first_step_nothing_has_moved(make: Make, temperature: float)
     logprobs = token_logprobs(logits, batch.tokens.targets, temperature)
     plain = gradients(trainer.policy, -(logprobs * batch.advantages).sum())
     assert all(torch.allclose(whole[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_objective_is_the_same_where_the_logits_of_prompts_are_never_formed(
+    make: Make, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As a large vocabulary has it: loss, gradient, share of clipped tokens, KL and entropy of the completions."""
+    trainer, _, _, _, batch = first_round(CONFIG, make("chunks"))
+    batch = dataclasses.replace(batch, old_logprobs=batch.old_logprobs - 0.3 * batch.mask * batch.advantages.sign())
+
+    def outcome() -> tuple[LossOutput, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = ppo.objective(trainer.policy, CONFIG, batch)
+        return found, gradients(trainer.policy, found.total)
+
+    whole, expected = outcome()
+    monkeypatch.setattr("trivium.losses.cross_entropy.PLAIN_BYTES", 0)
+    pieces, found = outcome()
+    near = {"rel": 1e-5, "abs": 1e-5} if precision == "fp32" else {"rel": 0.02, "abs": 0.02}
+    assert float(whole.metrics["clip_frac"]) > 0 and float(whole.metrics["entropy"]) > 1
+    assert float(pieces.total) == pytest.approx(float(whole.total), **near)
+    for name, figure in whole.metrics.items():
+        assert float(pieces.metrics[name]) == pytest.approx(float(figure), **near), name
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=(1e-5 if precision == "fp32" else 0.03) * scale), name
 
 
 def test_each_rows_rewards_are_its_score_less_its_kl(make: Make) -> None:

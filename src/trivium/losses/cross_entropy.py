@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: what pre-training and fine-tuning minimise."""
+"""Next-token cross-entropy, what pre-training and fine-tuning minimise, and log-probabilities without all logits."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _logprobs_in_chunks(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Losses of N positions; the gradients are computed beside them, while a chunk's logits are at hand.
+    """Losses of N positions and their entropies; gradients are computed beside, while a chunk's logits are at hand.
 
     That needs to know what each loss will be multiplied with. Objectives sum them, so the gradients are computed for 1
     and multiplied in the backward pass; where the factors turn out to differ, or none were computed, everything is

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -91,7 +93,16 @@ def create_app(
     `annotator` is the name the page starts with; `hosts` the host names it answers to (None: any). With `accounts`
     only those may answer who came by an invitation, each under their own name.
     """
-    app = FastAPI(title="Trivium rank", docs_url=None, redoc_url=None, default_response_class=AsciiJSONResponse)
+    fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
+
+    @asynccontextmanager
+    async def closing(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        fetching.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="Trivium rank", lifespan=closing, docs_url=None, redoc_url=None, default_response_class=AsciiJSONResponse
+    )
     app.add_middleware(Guard, hosts=hosts)
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
     templates = Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=select_autoescape())
@@ -107,31 +118,30 @@ def create_app(
         """Return the page; everything in it comes from the calls below."""
         return page.render(annotator=annotator, collection=collection)
 
-    def fetch(annotator: str, request: Request) -> AsciiJSONResponse:
-        access.check(request, annotator)
-        found, left = next_task(store, annotator, collection=collection, kind=KIND)
-        progress = store.progress(collection, KIND, annotator)
-        answer = {
-            "task": None if found is None else _shown(store, found, annotator),
-            "shut": found is None and bool(shut_out(store, annotator, collection, KIND)),
-            "progress": {
-                "done": progress.done,
-                "left": left,
-                "skipped": progress.skips,
-                "tasks": progress.tasks,
-                "mean_seconds": progress.mean_seconds,
-            },
-        }
-        return AsciiJSONResponse(answer)
-
-    fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
-
     @app.get("/api/task", response_model=dict[str, Any])
     async def task(annotator: Name, request: Request) -> AsciiJSONResponse:
         """Return the next task for an annotator, kept for them a while (null: none is left), and how far they are."""
-        return await asyncio.get_running_loop().run_in_executor(fetching, fetch, annotator, request)
+        await run_in_threadpool(access.check, request, annotator)
+        return await asyncio.get_running_loop().run_in_executor(fetching, _next, store, collection, annotator)
 
     return app
+
+
+def _next(store: Store, collection: str | None, annotator: str) -> AsciiJSONResponse:
+    found, left = next_task(store, annotator, collection=collection, kind=KIND)
+    progress = store.progress(collection, KIND, annotator)
+    answer = {
+        "task": None if found is None else _shown(store, found, annotator),
+        "shut": found is None and bool(shut_out(store, annotator, collection, KIND)),
+        "progress": {
+            "done": progress.done,
+            "left": left,
+            "skipped": progress.skips,
+            "tasks": progress.tasks,
+            "mean_seconds": progress.mean_seconds,
+        },
+    }
+    return AsciiJSONResponse(answer)
 
 
 def _take_answers(app: FastAPI, store: Store, access: Access, collection: str | None) -> None:
