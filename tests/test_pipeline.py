@@ -14,6 +14,7 @@ import pytest
 from trivium.config import ConfigError, DiskFull, Recipe, Stopped, UserError, Waiting, load_recipe
 from trivium.pipeline import run_recipe
 from trivium.runs.manifest import read_manifest
+from trivium.training.stopping import Interrupted, graceful_stop
 
 STAGE = '''
 """A stage of the test's own: copies its text, and its parent's, into a file."""
@@ -43,6 +44,11 @@ def run(config, run):
             time.sleep(1)
         except Exception as error:  # as around a library that raises bare ones
             raise UserError(f"the file cannot be read: {error}") from None
+        except BaseException as error:  # as C code does that calls Python and takes any exception for a failure
+            if (run.workspace / "swallow").exists():
+                kind = {"ours": UserError, "theirs": ValueError}[(run.workspace / "swallow").read_text()]
+                raise kind("could not determine the shape") from None
+            raise
     if (run.workspace / "wait").exists():
         raise Waiting("two rankings to give")
     with (run.workspace / "calls.txt").open("a") as calls:
@@ -164,6 +170,46 @@ def test_a_signal_leaves_a_run_that_says_it_was_stopped(
     (place / "w" / "signal").unlink()
     run_recipe(recipe(place), workspace=place / "w")
     assert calls(place) == ["first", "second"]
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs"])
+def test_a_signal_that_a_library_took_for_a_fault_is_still_a_signal(place: Path, kind: str) -> None:
+    """As SIGTERM while safetensors has torch make a tensor, which then "could not determine the shape" of it."""
+    (place / "w").mkdir()
+    (place / "w" / "signal").write_text(str(int(signal.SIGTERM)))
+    (place / "w" / "swallow").write_text(kind)
+    with pytest.raises(Stopped) as stopped:
+        run_recipe(recipe(place), workspace=place / "w")
+    assert stopped.value.exit_code == 143
+    manifest = read_manifest(next((place / "w" / "first").iterdir()))
+    assert manifest is not None and manifest.status == "stopped"
+    (place / "w" / "signal").unlink()
+    (place / "w" / "fail").touch()
+    with pytest.raises(DiskFull):  # the next one's failure is its own again
+        run_recipe(recipe(place), workspace=place / "w")
+    (place / "w" / "fail").unlink()
+    run_recipe(recipe(place), workspace=place / "w")
+    assert calls(place) == ["first", "second"]
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_work_that_is_interrupted_says_so_whatever_a_library_makes_of_it(swallows: bool) -> None:
+    """Inside the loop: what can be done again is left at once, and a failure without a signal stays one."""
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            if swallows:
+                raise ValueError("could not determine the shape") from None
+            raise
+
+    with graceful_stop() as request:
+        with pytest.raises(Interrupted), request.interruptible():
+            work()
+        assert request.received == signal.SIGTERM
+    with graceful_stop() as request, pytest.raises(ValueError, match="own"), request.interruptible():
+        raise ValueError("own")
 
 
 def test_a_full_disk_names_the_path_and_keeps_what_is_done(place: Path) -> None:

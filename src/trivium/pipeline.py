@@ -55,7 +55,7 @@ from trivium.runs.manifest import (
 from trivium.runs.registry import latest_runs, resolve
 from trivium.runs.workspace import damage, locked
 from trivium.training.distributed import decide, joined, precision_name, world
-from trivium.training.stopping import stoppable
+from trivium.training.stopping import heed, stoppable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +340,7 @@ def _execute(plan: Plan, recipe: Recipe, workspace: Path) -> RunManifest:
 def _run_stage(plan: Plan, run: Run) -> RunManifest:
     write_manifest(run.dir, run.manifest)
     try:
-        plan.module.run(plan.config, run)
+        heed(plan.module.run, plan.config, run)
     except Waiting as waiting:
         run.finish("waiting", str(waiting))
         raise

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
 from trivium.config import Signalled, Stopped
 from trivium.training.distributed import all_reduce_max, world
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 """What asks a run to stop."""
 
@@ -70,6 +73,10 @@ class StopRequest:
         self._interrupts = True
         try:
             yield
+        except Exception as error:
+            if not self._interrupts:  # `note` has raised it, and C code took it for a failure: see `heed`
+                raise Interrupted from error
+            raise
         finally:
             self._interrupts = False
 
@@ -106,8 +113,10 @@ def stoppable(time_limit_s: float) -> Iterator[None]:
     """Turn SIGTERM, and the end of `time_limit_s` seconds (0: none), into Stopped: the same door as Ctrl-C."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise Signalled(number, _reason(number) or " by SIGTERM")
+        _raised.append(Signalled(number, _reason(number) or " by SIGTERM"))
+        raise _raised[-1]
 
+    _raised.clear()
     before: dict[int, object] = {}
     with contextlib.suppress(ValueError):  # not the main thread: the embedding program owns the signals
         for number in (signal.SIGTERM, signal.SIGALRM) if time_limit_s else (signal.SIGTERM,):
@@ -122,6 +131,26 @@ def stoppable(time_limit_s: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for known, handler in before.items():
             signal.signal(known, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+
+
+_raised: list[Signalled] = []
+"""What `stoppable` has raised, whether or not it arrived."""
+
+
+def heed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do the work; where it fails after `stoppable` has raised Signalled, raise that, and not what it became.
+
+    A handler may run while C code calls Python (safetensors has torch make a tensor), which takes any exception for its
+    own kind of failure: a SIGTERM then looks like a damaged file.
+    """
+    try:
+        return work(*args, **kwargs)
+    except Stopped:
+        raise
+    except Exception as error:
+        if _raised:
+            raise _raised[-1] from error
+        raise
 
 
 def _reason(number: int) -> str:
