@@ -621,3 +621,18 @@ def test_refusals_stand_beside_needless_refusals_before_and_after(tmp_path):
     for text in (page, render_text(tmp_path), (tmp_path / "report" / "report.md").read_text()):
         assert table.title in text and "Harmless requests refused" in text
     assert 'href="#refusals"' in page
+
+
+@pytest.mark.browser
+def test_no_figure_runs_into_the_next_column(full, browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto((full[0] / "report" / "report.html").as_uri())
+    assert "equal clusters would be as spread" in page.locator(".stages").first.inner_text()
+    beyond = page.evaluate(
+        """() => [...document.querySelectorAll("td .main")].filter((each) =>
+          each.getBoundingClientRect().right > each.closest("td").getBoundingClientRect().right + 1
+        ).map((each) => each.textContent)"""
+    )
+    context.close()
+    assert beyond == []

@@ -73,6 +73,7 @@ def _in_chunks(
     # Asked here: inside a Function gradients are off in any case, and it is told that it needs them also under no_grad.
     wanted = at_once and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     parts = hidden[trained], weight, targets[trained]
+    # torch leaves `apply` unannotated.
     losses, entropies = _HeadLoss.apply(*parts, z_loss, chunk, wanted, spread)  # type: ignore[no-untyped-call]
     zeros = torch.zeros(targets.shape, device=losses.device)
     return zeros.masked_scatter(trained, losses), zeros.masked_scatter(trained, entropies) if spread else zeros

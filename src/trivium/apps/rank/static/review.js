@@ -62,7 +62,8 @@ function drawFindings(findings) {
       return element("li", "", `${who} ${what} (p = ${each.p_adjusted.toPrecision(2)}, ${each.n} judgements)`);
     }),
   );
-  if (!alarms.length) at("findings").append(element("li", "quiet", `Nothing stands out in ${findings.length} questions.`));
+  const asked = findings.length === 1 ? "1 question" : `${findings.length} questions`;
+  if (!alarms.length) at("findings").append(element("li", "quiet", `Nothing stands out in ${asked}.`));
 }
 
 const COLUMNS = /** @type {[string, (each: any) => string][]} */ ([
