@@ -5,8 +5,9 @@ the number of steps is such that every run costs the same FLOPs. Prints held-out
 bench/results/depth_sweep.json and docs/figures/depth_sweep.svg. The bar: no hand-set value is better by more than 2%.
 
 Runs are kept in the workspace, so a sweep that was stopped goes on where it was. At 20 tokens per parameter depths 2
-to 6 take hours on a CPU; `--budget-seconds` cuts every run of a depth to the same smaller number of tokens per
-parameter, which the results then say.
+to 6 take days on a CPU. Two ways to look at less: `--width-per-layer` sets the width by hand in all runs, to less than
+64 a layer, and the rest of the rules is tried at full length; `--budget-seconds` cuts every run of a depth to the same
+smaller number of tokens per parameter. The results say which.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trivium.records import RunManifest, atomic_write
 from trivium.stages.pretrain import objective
 from trivium.training.distributed import autocast, setup
 from trivium.training.optim import OptimConfig, Optimizer
-from trivium.training.scaling import TOKENS_PER_PARAMETER, budget_of, shape_of
+from trivium.training.scaling import HEAD_SIZE, TOKENS_PER_PARAMETER, budget_of, shape_of
 from trivium.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,14 +70,18 @@ def model_of(shape: dict[str, int], vocab_size: int, context: int) -> ModelConfi
     )
 
 
-def neighbours(depth: int, base: dict[str, Any]) -> Iterator[Variant]:
-    """Yield the hand-set neighbours of a derived run: learning rate, width, batch and layers, each down and up."""
-    shape = shape_fields(depth)
+def neighbours(depth: int, base: dict[str, Any], width: int = 0) -> Iterator[Variant]:
+    """Yield the hand-set neighbours of a derived run: learning rate, width, batch and layers, each down and up.
+
+    `width` is that of the derived run; 0: what the dial gives.
+    """
+    shape = shape_fields(depth, width)
     rows, lr, width = base["batch_size"], base["lr"], shape["hidden_size"]
+    grid = 16 if width >= HEAD_SIZE else 4
     for factor in (0.5, 2):
         yield Variant(name=f"lr x{factor}", shape=shape, batch_size=rows, lr=lr * factor)
     for factor in (0.75, 1.33):
-        wide = shape_fields(depth, 16 * round(width * factor / 16))
+        wide = shape_fields(depth, grid * round(width * factor / grid))
         yield Variant(name=f"width x{wide['hidden_size'] / width:.2f}", shape=wide, batch_size=rows, lr=lr)
     for factor in (0.5, 2):
         if round(rows * factor) >= 1:
@@ -139,7 +144,8 @@ class Sweep:
     def depth(self, depth: int) -> dict[str, Any]:
         """Run one depth and return its figures."""
         options = self.options
-        model = model_of(shape_fields(depth), options.vocab_size, options.context)
+        width = depth * options.width_per_layer
+        model = model_of(shape_fields(depth, width), options.vocab_size, options.context)
         rate = options.tokens_per_parameter
         if options.budget_seconds:
             speed = tokens_per_second(
@@ -147,7 +153,8 @@ class Sweep:
             )
             affordable = speed * options.budget_seconds / model.num_parameters()
             rate = min(rate, float(f"{affordable:.1g}"))
-        derived = self.run(f"d{depth}-derived", {"depth": depth, "tokens_per_parameter": rate})
+        by_hand = {"hidden_size": width} if width != depth * HEAD_SIZE else {}
+        derived = self.run(f"d{depth}-derived", {"depth": depth, "tokens_per_parameter": rate, **by_hand})
         base = derived.summary["resolved"]
         flops = base["tokens"] * model.flops_per_token(options.context)
         figures = {
@@ -158,7 +165,7 @@ class Sweep:
             "bits_per_byte": bits(derived),
         }
         rows: dict[str, Any] = {}
-        for variant in neighbours(depth, base):
+        for variant in neighbours(depth, base, width):
             other = model_of(variant.shape, options.vocab_size, options.context)
             tokens = flops / other.flops_per_token(options.context)
             optim = {"lr": variant.lr, "weight_decay": base["weight_decay"]}
@@ -190,8 +197,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     depths = results["depths"]
-    figure, axes = pyplot.subplots(1, len(depths), figsize=(4.2 * len(depths), 3.0), squeeze=False)
-    for axis, (depth, row) in zip(axes[0], depths.items(), strict=True):
+    columns = min(3, len(depths))
+    rows = math.ceil(len(depths) / columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.0 * rows), squeeze=False)
+    axes = [axis for line in grid for axis in line]
+    for spare in axes[len(depths) :]:
+        spare.remove()
+    for axis, (depth, row) in zip(axes, depths.items(), strict=False):
         names = list(row["hand_set"])
         worse = [-100 * row["hand_set"][name]["better_by"] for name in names]
         colours = ["#c0504d" if value < -100 * BAR else "#4f81bd" for value in worse]
@@ -218,6 +230,7 @@ def main() -> None:
     options.add_argument("--vocab-size", type=int, default=512)
     options.add_argument("--context", type=int, default=256)
     options.add_argument("--tokens-per-parameter", type=float, default=TOKENS_PER_PARAMETER)
+    options.add_argument("--width-per-layer", type=int, default=HEAD_SIZE, help="of all derived runs; the dial's is 64")
     options.add_argument("--budget-seconds", type=float, default=0, help="for one run; 0: as long as it takes")
     options.add_argument("--threads", type=int, default=0)
     options.add_argument("--seed", type=int, default=0)
@@ -231,6 +244,7 @@ def main() -> None:
         "text": chosen.text.name if chosen.text else f"microworld, {chosen.documents} documents",
         "vocab_size": chosen.vocab_size,
         "context": chosen.context,
+        "width_per_layer": chosen.width_per_layer,
         "seed": chosen.seed,
         "bar": BAR,
         "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 from trivium.config import ConfigError, DiskFull, Recipe, Stopped, UserError, Waiting, load_recipe
 from trivium.pipeline import run_recipe
 from trivium.runs.manifest import read_manifest
-from trivium.training.stopping import Interrupted, graceful_stop
+from trivium.training.stopping import Interrupted, graceful_stop, stoppable
 
 STAGE = '''
 """A stage of the test's own: copies its text, and its parent's, into a file."""
@@ -207,9 +208,48 @@ def test_work_that_is_interrupted_says_so_whatever_a_library_makes_of_it(swallow
     with graceful_stop() as request:
         with pytest.raises(Interrupted), request.interruptible():
             work()
-        assert request.received == signal.SIGTERM
+        assert request.agreed() == signal.SIGTERM
     with graceful_stop() as request, pytest.raises(ValueError, match="own"), request.interruptible():
         raise ValueError("own")
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_sigterm_on_the_way_out_changes_nothing(monkeypatch: pytest.MonkeyPatch, stops: bool) -> None:
+    """The second while the first is told, or the first when all is done: the handlers of before come back, both."""
+    before, real = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)], signal.signal
+
+    def restore(number: int, handler: signal.Handlers) -> object:
+        if number == signal.SIGTERM:
+            signal.raise_signal(number)
+        return real(number, handler)
+
+    with pytest.raises(Stopped) if stops else contextlib.nullcontext(), stoppable(1000.0):
+        monkeypatch.setattr(signal, "signal", restore)
+        if stops:
+            signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_sigterm_on_the_way_in_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes between the handler and the work."""
+    before, real = signal.getsignal(signal.SIGTERM), signal.signal
+
+    def install(number: int, handler: signal.Handlers) -> object:
+        monkeypatch.undo()
+        real(number, handler)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(signal, "signal", install)
+    with pytest.raises(Stopped), stoppable(0.0):
+        pytest.fail("the work began")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_sigterm_after_the_loops_last_look_is_not_lost() -> None:
+    """Noted when nobody asks any more: who had the signals before the loop gets it."""
+    with pytest.raises(Stopped), stoppable(0.0), graceful_stop():
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_full_disk_names_the_path_and_keeps_what_is_done(place: Path) -> None:

@@ -38,6 +38,16 @@ def test_each_neighbour_changes_one_thing(sweep):
         assert variant.shape == shape or name.startswith(("width", "layers"))
 
 
+def test_a_width_of_ones_own_is_that_of_every_neighbour_but_the_widths(sweep):
+    """8 a layer at depth 3: 24 wide, three quarters and four thirds of it to the nearest 4."""
+    found = {
+        variant.name: variant.shape["hidden_size"] for variant in sweep.neighbours(3, {"batch_size": 4, "lr": 0.01}, 24)
+    }
+    assert found.pop("width x0.67") == 16
+    assert found.pop("width x1.33") == 32
+    assert set(found.values()) == {24}
+
+
 @pytest.mark.slow  # five trainings and a figure
 def test_a_small_sweep_costs_the_same_everywhere_and_is_found_again(sweep, tmp_path, monkeypatch, capsys):
     """Depth 1 for a twentieth of a token per parameter: equal FLOPs to within one step, and a verdict."""

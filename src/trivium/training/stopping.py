@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import ParamSpec, TypeVar
@@ -100,6 +101,8 @@ def graceful_stop() -> Iterator[StopRequest]:
     finally:
         for known, handler in before.items():
             signal.signal(known, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+    if request.received and not request.signal:  # it came after the last look; whoever had the signals is told
+        signal.raise_signal(request.received)
 
 
 def raise_if_stopped(request: StopRequest, step: int) -> None:
@@ -110,27 +113,39 @@ def raise_if_stopped(request: StopRequest, step: int) -> None:
 
 @contextlib.contextmanager
 def stoppable(time_limit_s: float) -> Iterator[None]:
-    """Turn SIGTERM, and the end of `time_limit_s` seconds (0: none), into Stopped: the same door as Ctrl-C."""
+    """Turn SIGTERM, and the end of `time_limit_s` seconds (0: none), into Stopped: the same door as Ctrl-C.
+
+    A signal that comes while this leaves finds the work over, or stopped already, and changes nothing.
+    """
+    leaving = False
 
     def stop(number: int, _: FrameType | None) -> None:
-        _raised.append(Signalled(number, _reason(number) or " by SIGTERM"))
-        raise _raised[-1]
+        if not leaving:
+            _raised.append(Signalled(number, _reason(number) or " by SIGTERM"))
+            raise _raised[-1]
 
     _raised.clear()
-    before: dict[int, object] = {}
-    with contextlib.suppress(ValueError):  # not the main thread: the embedding program owns the signals
-        for number in (signal.SIGTERM, signal.SIGALRM) if time_limit_s else (signal.SIGTERM,):
-            before[int(number)] = signal.signal(number, stop)
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    numbers = [signal.SIGTERM, signal.SIGALRM] if time_limit_s else [signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():  # the embedding program owns the signals
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
-        yield
+        try:
+            for number in numbers:
+                signal.signal(number, stop)
+            if signal.SIGALRM in numbers:
+                signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+            yield
+        finally:
+            leaving = True
     except Signalled as signalled:
+        leaving = True  # the signal may have come just before this was said above
         raise signalled.stopped from None
     finally:
-        if before:
+        if signal.SIGALRM in numbers:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for known, handler in before.items():
-            signal.signal(known, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 _raised: list[Signalled] = []
