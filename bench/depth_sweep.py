@@ -7,7 +7,8 @@ bench/results/depth_sweep.json and docs/figures/depth_sweep.svg. The bar: no han
 Runs are kept in the workspace, so a sweep that was stopped goes on where it was. At 20 tokens per parameter depths 2
 to 6 take days on a CPU. Two ways to look at less: `--width-per-layer` sets the width by hand in all runs, to less than
 64 a layer, and the rest of the rules is tried at full length; `--budget-seconds` cuts every run of a depth to the same
-smaller number of tokens per parameter. The results say which.
+smaller number of tokens per parameter. The results say which. On a GPU, which one small network leaves idle, `--jobs`
+runs so many at once, each a process with a workspace of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import argparse
 import dataclasses
 import json
 import math
+import multiprocessing
 import platform
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from trivium.models.transformer import Transformer
 from trivium.pipeline import run_recipe
 from trivium.records import RunManifest, atomic_write
 from trivium.stages.pretrain import objective
-from trivium.training.distributed import autocast, setup
+from trivium.training.distributed import autocast, precision_name, setup
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.scaling import HEAD_SIZE, TOKENS_PER_PARAMETER, budget_of, shape_of
 from trivium.training.step import train_step
@@ -122,7 +126,13 @@ class Sweep:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.settings = RunSettings(name="depth-sweep", seed=options.seed, threads=options.threads)
+        self.settings = RunSettings(
+            name="depth-sweep",
+            seed=options.seed,
+            threads=options.threads,
+            device=options.device,
+            compile=options.compile,
+        )
         text = str(options.text.resolve()) if options.text else "trivium.data.microworld:documents"
         data: dict[str, Any] = {"sources": [text], "heldout_frac": options.heldout_frac}
         if not options.text:
@@ -138,8 +148,29 @@ class Sweep:
         values = {"context": self.options.context, "prompts": [], **values}
         values["fit"] = quiet | values.get("fit", {})
         stage = StageSpec(table=table, stage="pretrain", values=values)
-        recipe = Recipe(path=Path("depth_sweep"), base=ROOT, settings=self.settings, stages=(*self.first, stage))
-        return run_recipe(recipe, workspace=self.options.workspace)[table]
+        own = self.options.jobs > 1
+        return self.recipe(stage, self.options.workspace / table if own else self.options.workspace)[table]
+
+    def recipe(self, stage: StageSpec | None, workspace: Path) -> dict[str, RunManifest]:
+        """Run the stages that make the text, and then `stage`."""
+        stages = self.first if stage is None else (*self.first, stage)
+        recipe = Recipe(path=Path("depth_sweep"), base=ROOT, settings=self.settings, stages=stages)
+        return run_recipe(recipe, workspace=workspace)
+
+    def run_all(self, runs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, RunManifest]]:
+        """Yield each table with its manifest as it is finished, `--jobs` of them at a time."""
+        if self.options.jobs == 1:
+            yield from ((table, self.run(table, values)) for table, values in runs.items())
+            return
+        text = self.options.workspace / "text"
+        self.recipe(None, text)
+        for table in runs:
+            if not (self.options.workspace / table).exists():
+                shutil.copytree(text, self.options.workspace / table)
+        spawn = multiprocessing.get_context("spawn")  # a process that has used a GPU must not be forked
+        with ProcessPoolExecutor(self.options.jobs, mp_context=spawn) as pool:
+            started = {pool.submit(_one_run, self.options, table, values): table for table, values in runs.items()}
+            yield from ((started[future], future.result()) for future in as_completed(started))
 
     def depth(self, depth: int) -> dict[str, Any]:
         """Run one depth and return its figures."""
@@ -154,17 +185,13 @@ class Sweep:
             affordable = speed * options.budget_seconds / model.num_parameters()
             rate = min(rate, float(f"{affordable:.1g}"))
         by_hand = {"hidden_size": width} if width != depth * HEAD_SIZE else {}
-        derived = self.run(f"d{depth}-derived", {"depth": depth, "tokens_per_parameter": rate, **by_hand})
-        base = derived.summary["resolved"]
+        budget = budget_of(model, options.context, rate)
+        base = {"depth": depth, **shape_fields(depth, width), **dataclasses.asdict(budget)}
         flops = base["tokens"] * model.flops_per_token(options.context)
-        figures = {
-            "parameters": model.num_parameters(),
-            "tokens_per_parameter": rate,
-            "derived": base,
-            "training_flops": derived.cost.flops,
-            "bits_per_byte": bits(derived),
+        runs: dict[str, dict[str, Any]] = {
+            f"d{depth}-derived": {"depth": depth, "tokens_per_parameter": rate, **by_hand}
         }
-        rows: dict[str, Any] = {}
+        variants = {}
         for variant in neighbours(depth, base, width):
             other = model_of(variant.shape, options.vocab_size, options.context)
             tokens = flops / other.flops_per_token(options.context)
@@ -172,20 +199,43 @@ class Sweep:
             steps = max(1, round(tokens / (variant.batch_size * options.context)))
             fit = {"steps": steps, "batch_size": variant.batch_size, "optim": optim}
             table = f"d{depth}-" + variant.name.replace(" ", "-")
-            manifest = self.run(table, {**variant.shape, "fit": fit})
+            runs[table], variants[table] = {**variant.shape, "fit": fit}, variant
+        finished: dict[str, RunManifest] = {}
+        for table, manifest in self.run_all(runs):
+            finished[table] = manifest
+            print(f"{table}: {bits(manifest):.4f} bits per byte", flush=True)
+        derived = finished.pop(next(iter(runs)))
+        if derived.summary["resolved"] != base:
+            raise SystemExit(f"the stage resolved {derived.summary['resolved']}, not {base}")
+        figures = {
+            "parameters": model.num_parameters(),
+            "tokens_per_parameter": rate,
+            "derived": base,
+            "training_flops": derived.cost.flops,
+            "seconds": derived.cost.seconds,
+            "bits_per_byte": bits(derived),
+        }
+        rows: dict[str, Any] = {}
+        for table, variant in variants.items():
+            manifest = finished[table]
             rows[variant.name] = {
                 "bits_per_byte": bits(manifest),
                 "better_by": 1 - bits(manifest) / figures["bits_per_byte"],
                 "training_flops": manifest.cost.flops,
                 "seconds": manifest.cost.seconds,
-                **fit,
+                **runs[table]["fit"],
                 **variant.shape,
             }
-            print(f"depth {depth}: {variant.name}: {bits(manifest):.4f} (derived {figures['bits_per_byte']:.4f})")
         figures["hand_set"] = rows
         figures["best_hand_set_is_better_by"] = max(row["better_by"] for row in rows.values())
         figures["holds"] = figures["best_hand_set_is_better_by"] <= BAR
         return figures
+
+
+def _one_run(options: argparse.Namespace, table: str, values: dict[str, Any]) -> RunManifest:
+    """Do one run in a process of its own."""
+    setup(RunSettings(threads=options.threads))
+    return Sweep(options).run(table, values)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -233,6 +283,9 @@ def main() -> None:
     options.add_argument("--width-per-layer", type=int, default=HEAD_SIZE, help="of all derived runs; the dial's is 64")
     options.add_argument("--budget-seconds", type=float, default=0, help="for one run; 0: as long as it takes")
     options.add_argument("--threads", type=int, default=0)
+    options.add_argument("--jobs", type=int, default=1, help="runs at once")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--workspace", type=Path, default=ROOT / "runs" / "depth-sweep")
     options.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "depth_sweep.json")
@@ -248,7 +301,8 @@ def main() -> None:
         "seed": chosen.seed,
         "bar": BAR,
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name() if "cuda" in chosen.device else platform.machine(),
+        "precision": precision_name(sweep.settings),
         "threads": torch.get_num_threads(),
         "depths": {},
     }

@@ -124,7 +124,8 @@ class RunSettings:
     threads: int = 0
     """CPU threads; 0 means one for each core that this process may use, or OMP_NUM_THREADS where that is set."""
     precision: str = "auto"
-    """`fp32`; `bf16` for the products, over fp32 weights; `auto`: bf16 where it pays; `bf16-pure`: bf16 weights too."""
+    """`fp32`; `bf16` products over fp32 weights; `auto`: bf16 where it pays; `bf16-pure`: bf16 weights too; `fp8`: as
+    bf16, with the layers' products of pretrain, adapt and sft in fp8."""
     compile: str = "auto"
     """Whether pretrain and sft compile the network's layers: `on`, `off`, `auto`: on a GPU and in long pre-training."""
     strict: bool = False
@@ -144,10 +145,12 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no machine can do."""
-        one_of(self, precision=("auto", "fp32", "bf16", "bf16-pure"), parallel=("ddp", "fsdp"))
+        one_of(self, precision=("auto", "fp32", "bf16", "bf16-pure", "fp8"), parallel=("ddp", "fsdp"))
         one_of(self, compile=("auto", "on", "off"))
         if self.precision == "bf16-pure" and self.parallel == "fsdp":
             raise ConfigError("precision = 'bf16-pure' is for whole weights; with parallel = 'fsdp' use 'bf16'")
+        if self.precision == "fp8" and self.tensor_parallel > 1:
+            raise ConfigError("precision = 'fp8' multiplies whole matrices; with tensor_parallel above 1 use 'bf16'")
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
         bounds(self, tensor_parallel=(1, 4096))
 

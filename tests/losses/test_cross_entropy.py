@@ -290,3 +290,36 @@ class TestHeadLogprobs:
         for chunk in (None, 2):
             with pytest.raises(ValueError, match="temperature 0"):
                 head_logprobs(hidden, weight, targets, 0.0, chunk=chunk)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_form_for_compilers_is_the_one_in_place(z_loss, weighted, compiled):
+
+    draw = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(5, 33, generator=draw)
+    goal = torch.randint(0, 33, (5, 1), generator=draw)
+    factors = torch.randn(5, 1, generator=draw) if weighted else None
+    expected = module._in_place(logits.clone(), goal, factors, z_loss, True, True)
+    found = (module._fused() if compiled else module._at_once)(logits, goal, factors, z_loss, True, True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert [len(part) for part in module._at_once(logits, goal, factors, z_loss, False, False)] == [5, 0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_chunks_give_what_the_cpu_gives_at_once(dtype):
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 50, 32, generator=draw), torch.randn(70, 32, generator=draw)
+    targets = torch.randint(0, 70, (3, 50), generator=draw)
+    targets[:, ::7] = IGNORE
+    found = []
+    for device, chunk in (("cpu", None), ("cuda", 40)):
+        inputs = [x.detach().to(device, dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        head_cross_entropy(*inputs, targets.to(device), 0.01, chunk=chunk).sum().backward()
+        found.append([x.grad.cpu().float() for x in inputs])
+    for one, other in zip(*found, strict=True):
+        close = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(one, other, rtol=close, atol=close * float(other.abs().max()))

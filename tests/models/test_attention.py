@@ -54,6 +54,11 @@ LONG = {"length": 2048, "total": 2048}
         ("cpu", BF16, LONG, "causal"),
         ("cuda", BF16, LONG, "causal"),
         ("cuda", BF16, {"length": 1, "total": 300}, "causal"),
+        ("cuda", BF16, {**LONG, "cudnn": True}, "cudnn"),
+        ("cuda", BF16, {"length": 2047, "total": 2047, "cudnn": True}, "causal"),
+        ("cuda", BF16, {"length": 1, "total": 128, "cudnn": True}, "causal"),
+        ("cuda", FP32, {**LONG, "cudnn": True}, "causal"),
+        ("cuda", BF16, {**LONG, "cudnn": True, "head_dim": 192}, "causal"),
         ("cuda", BF16, {"length": 5, "total": 300}, "mask"),
         ("cuda", BF16, {"length": 1, "total": 300, "padded": True}, "mask"),
         ("cpu", FP32, {**LONG, "documents": True}, "mask"),
@@ -76,7 +81,7 @@ def test_the_choice_is_a_table(device, dtype, facts, kernel):
     assert choose_kernel(device, dtype, **facts) == kernel
 
 
-def reference_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa):
+def reference_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa=False):
     """The contract of torch.nn.attention.varlen, one document at a time: [tokens, heads, size], left and right."""
     assert torch.equal(starts_q, starts_k)
     assert starts_q.dtype == torch.int32
@@ -92,20 +97,27 @@ def reference_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, windo
     return torch.cat(pieces)
 
 
+def older_varlen(*args, window_size):
+    """The contract before torch 2.12: as many heads of keys as of queries."""
+    assert args[0].shape == args[1].shape
+    return reference_varlen(*args, window_size=window_size)
+
+
 DOCUMENTS = torch.tensor([[0] * 70 + [1] * 30 + [2] * 1 + [3] * 59, [0] * 160])
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("keys", [4, 2])
-@pytest.mark.parametrize("kernel", ["explicit", "flex", "varlen"])
+@pytest.mark.parametrize("kernel", ["explicit", "flex", "varlen", "older varlen"])
 def test_every_kernel_gives_the_same_answer(kernel, keys, window, monkeypatch):
     """Outputs and gradients in fp32, but FlexAttention's, which has no backward pass on CPU.
 
     varlen's own kernel runs on CUDA only, so here it is a reference of its contract that is called.
     160 positions: more than one of FlexAttention's blocks and no whole number of them.
     """
-    monkeypatch.setattr(attention, "varlen_attention", lambda: reference_varlen)
+    monkeypatch.setattr(attention, "varlen_attention", lambda: older_varlen if "old" in kernel else reference_varlen)
+    kernel = kernel.removeprefix("older ")
     outcomes = []
     trained = kernel != "flex"
     for name in ("mask", kernel):
@@ -177,6 +189,22 @@ def test_packing_does_not_go_with_a_cache(tiny, tokens):
     model(tokens(1, 4), cache=cache)
     with pytest.raises(ValueError, match="cache"):
         model(tokens(1, 2), cache=cache, document_ids=torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["causal", "cudnn"])
+def test_a_gpu_s_causal_kernels_give_the_answer_of_the_definition(kernel):
+    device = torch.device("cuda")
+    outcomes = []
+    for name, precision in (("explicit", torch.float32), (kernel, BF16)):
+        leaves = [x.to(device, precision).requires_grad_() for x in heads(2, 4, 2, 256, size=64)]
+        with use_kernel(name):
+            out = attend(*leaves, who_sees_whom(256, 0, device, None))
+        out.float().square().sum().backward()
+        outcomes.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    for expected, found in zip(*outcomes, strict=True):
+        assert (found.float() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 @pytest.mark.gpu

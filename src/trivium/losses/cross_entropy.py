@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +21,8 @@ PLAIN_BYTES = 32 * 2**20
 """Logits of up to so many bytes are formed all at once."""
 CHUNK_BYTES_CPU = 8 * 2**20
 """Above that, so many at a time: enough that adding up the weight's gradient costs little (docs/LOG.md)."""
-CHUNK_BYTES = 256 * 2**20
-"""The same on an accelerator, where it bounds memory only."""
+CHUNK_BYTES = 2**30
+"""The same on an accelerator, where adding up the weight's gradient reads and writes all of it once a chunk."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -174,24 +179,18 @@ def _walk(
     for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
     for_weight = torch.zeros(weight.shape if wanted and learns else 0, device=weight.device)
     room = torch.empty(min(chunk, len(targets)), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    work = _fused() if hidden.is_cuda and _can_fuse() else _in_place
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             goal = targets[part, None]
             # In place: one block of memory serves all chunks. A fresh one costs a page fault per 4 kB, each time.
-            scores = torch.mm(hidden[part], weight.T, out=room[: len(goal)]).float()
-            top = scores.amax(-1, keepdim=True)
-            picked = scores.gather(1, goal)
-            shares = scores.sub_(top).exp_()
-            total = shares.sum(-1, keepdim=True)
-            normaliser = total.log() + top
-            losses[part] = (normaliser - picked + z_loss * normaliser.square())[:, 0]
-            if len(entropies):  # with e = exp(z - top), whose sum is total: H = log(total) - sum(e log e) / total
-                entropies[part] = (total.log() + torch.special.entr(shares).sum(-1, keepdim=True) / total)[:, 0]
+            scores = torch.mm(hidden[part], weight.T, out=room[: len(goal)])
+            given = None if factors is None else factors[part, None]
+            losses[part], spreads, slope = work(scores, goal, given, z_loss, wanted, len(entropies) > 0)
+            if len(entropies):
+                entropies[part] = spreads
             if wanted:
-                # d loss / d z = softmax(z) (1 + 2 z_loss logsumexp(z)) - onehot(y)
-                slope = shares.mul_((1 + 2 * z_loss * normaliser) / total).scatter_add_(1, goal, -torch.ones_like(top))
-                slope = (slope if factors is None else slope.mul_(factors[part, None])).to(hidden.dtype)
                 torch.mm(slope, weight, out=for_hidden[part])
                 # Summed in fp32: thousands of chunks in bf16 would lose the small ones.
                 if learns and hidden.dtype == torch.float32:
@@ -199,3 +198,57 @@ def _walk(
                 elif learns:
                     for_weight += slope.T @ hidden[part]
     return losses, for_hidden, for_weight
+
+
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Losses fp32 [N], entropies fp32 [N] and the losses' slopes by the logits, [N, V] in their dtype; or empty."""
+
+
+def _in_place(logits: Tensor, goal: Tensor, factors: Tensor | None, z_loss: float, wanted: bool, spread: bool) -> Chunk:
+    """Return what `logits` [N, V] with targets `goal` [N, 1] come to, in as little new memory as there can be."""
+    scores = logits.float()
+    top = scores.amax(-1, keepdim=True)
+    picked = scores.gather(1, goal)
+    shares = scores.sub_(top).exp_()
+    total = shares.sum(-1, keepdim=True)
+    normaliser = total.log() + top
+    losses = (normaliser - picked + z_loss * normaliser.square())[:, 0]
+    entropies, slope = losses.new_empty(0), logits.new_empty(0)
+    if spread:  # with e = exp(z - top), whose sum is total: H = log(total) - sum(e log e) / total
+        entropies = (total.log() + torch.special.entr(shares).sum(-1, keepdim=True) / total)[:, 0]
+    if wanted:
+        # d loss / d z = softmax(z) (1 + 2 z_loss logsumexp(z)) - onehot(y)
+        slopes = shares.mul_((1 + 2 * z_loss * normaliser) / total).scatter_add_(1, goal, -torch.ones_like(top))
+        slope = (slopes if factors is None else slopes.mul_(factors)).to(logits.dtype)
+    return losses, entropies, slope
+
+
+def _at_once(logits: Tensor, goal: Tensor, factors: Tensor | None, z_loss: float, wanted: bool, spread: bool) -> Chunk:
+    """Return what `_in_place` returns, written for a compiler: on a GPU a few passes over the logits, not nine."""
+    scores = logits.float()
+    top = scores.amax(-1, keepdim=True)
+    shares = (scores - top).exp()
+    total = shares.sum(-1, keepdim=True)
+    normaliser = total.log() + top
+    losses = (normaliser - scores.gather(1, goal) + z_loss * normaliser.square())[:, 0]
+    entropies, slope = losses.new_empty(0), logits.new_empty(0)
+    if spread:
+        entropies = (total.log() + torch.special.entr(shares).sum(-1, keepdim=True) / total)[:, 0]
+    if wanted:
+        is_goal = torch.arange(logits.shape[1], device=logits.device) == goal
+        slopes = shares * ((1 + 2 * z_loss * normaliser) / total) - is_goal.float()
+        slope = (slopes if factors is None else slopes * factors).to(logits.dtype)
+    return losses, entropies, slope
+
+
+@functools.cache
+def _fused() -> Callable[..., Chunk]:
+    # A row to a program: split over several, its maximum and its sum would each read all logits once.
+    return torch.compile(_at_once, options={"split_reductions": False})
+
+
+@functools.cache
+def _can_fuse() -> bool:
+    """Tell whether torch can compile for the GPU here: it needs triton, and that a C compiler."""
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))

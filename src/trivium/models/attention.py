@@ -4,15 +4,17 @@
 
 | who sees whom                              | on CUDA, bf16 or fp16    | on CUDA, fp32 | elsewhere |
 | ------------------------------------------ | ------------------------ | ------------- | --------- |
-| everything before (also one new position)  | causal                   | causal        | causal    |
+| everything before (also one new position)  | causal, cudnn to train   | causal        | causal    |
 | packed documents, with a window or without | varlen, else flex        | flex          | mask      |
 | a window, no documents                     | flex                     | flex          | mask      |
 | padded rows; several new positions after a cache; short rows; odd head sizes | mask | mask | mask |
 
 `causal` and `mask` are torch's `scaled_dot_product_attention`, which has fast kernels of its own for the first and
-reads a boolean mask of [T, T] for the second. `flex` is torch's FlexAttention: blocks of 128 positions that nobody sees
-are never computed. `varlen` is torch's variable-length attention: each document is a row of its own.
-`explicit` is two matrix products and a softmax in float32: the definition, for tests and for where it is faster.
+reads a boolean mask of [T, T] for the second. `cudnn` is the first by cuDNN, on Hopper and later 1.4 to 1.8 times as
+fast as torch's own choice (docs/performance.md); it plans anew for every shape, so it is for rows of whole blocks.
+`flex` is torch's FlexAttention: blocks of 128 positions that nobody sees are never computed. `varlen` is torch's
+variable-length attention: each document is a row of its own. `explicit` is two matrix products and a softmax in
+float32: the definition, for tests and for where it is faster.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BLOCK = 128
@@ -63,18 +66,22 @@ def choose_kernel(
     window: bool,
     head_dim: int,
     varlen: bool,
+    cudnn: bool = False,
 ) -> str:
     """Return the kernel for `length` new positions that look at `total`, a pure function of what it is given.
 
     `device` is its type ("cpu", "cuda"), `dtype` that of queries and keys (as autocast lowers it), `window` whether
-    there is one shorter than the row, `varlen` whether torch and the card have variable-length attention.
+    there is one shorter than the row, `varlen` whether torch and the card have variable-length attention, `cudnn`
+    whether cuDNN's is the faster one for what is computed.
     """
     plain = not (documents or padded or window)
+    is_half = dtype in (torch.bfloat16, torch.float16)
     if plain and length in (1, total):
-        return "causal"
+        fits = is_half and length == total and length % BLOCK == 0 and head_dim % 8 == 0 and head_dim <= 128
+        return "cudnn" if cudnn and fits else "causal"
     if device != "cuda" or padded or length != total or length < BLOCK:
         return "mask"
-    if documents and varlen and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256:
+    if documents and varlen and is_half and head_dim % 8 == 0 and head_dim <= 256:
         return "varlen"
     # Triton's tiles are powers of two of at least 16.
     return "flex" if head_dim in (16, 32, 64, 128, 256) else "mask"
@@ -127,9 +134,11 @@ def who_sees_whom(
             window=window is not None,
             head_dim=head_dim,
             varlen=device.type == "cuda" and _has_varlen(device),
+            # Only in training do shapes come again and again.
+            cudnn=device.type == "cuda" and torch.is_grad_enabled() and _has_fast_cudnn(device),
         )
     )
-    if kernel == "causal":
+    if kernel in ("causal", "cudnn"):
         return Seen(kernel)
     if kernel == "flex":
         return Seen(kernel, window, blocks=_block_mask(length, device, window, document_ids))
@@ -180,6 +189,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    # The others in case that cuDNN has no plan for this shape.
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return _causal(q, k, v, seen)
+
+
 def _mask(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -206,19 +222,23 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """Lay the rows end to end, [B * T, heads, head_dim], and let each document be a row of its own."""
     rows, heads, length, size = q.shape
-    flat = (x.transpose(1, 2).reshape(rows * length, x.shape[1], size) for x in (q, k, v))
-    # (left, right): how many positions before and after are seen; -1 is all of them.
-    sides = (-1 if seen.window is None else seen.window - 1, 0)
-    grouped = heads != k.shape[1]
     call = varlen_attention()
     if call is None:
         raise ValueError("The kernel 'varlen' needs a torch with torch.nn.attention.varlen.")
-    out: Tensor = call(*flat, seen.starts, seen.starts, length, length, window_size=sides, enable_gqa=grouped)
+    more: dict[str, Any] = {"enable_gqa": True} if heads != k.shape[1] else {}
+    if more and "enable_gqa" not in inspect.signature(call).parameters:  # torch before 2.12
+        more, group = {}, heads // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    flat = (x.transpose(1, 2).reshape(rows * length, x.shape[1], size) for x in (q, k, v))
+    # (left, right): how many positions before and after are seen; -1 is all of them.
+    sides = (-1 if seen.window is None else seen.window - 1, 0)
+    out: Tensor = call(*flat, seen.starts, seen.starts, length, length, window_size=sides, **more)
     return out.view(rows, length, heads, size).transpose(1, 2)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Seen], Tensor]] = {
     "causal": _causal,
+    "cudnn": _cudnn,
     "mask": _mask,
     "explicit": _explicit,
     "flex": _flex,
@@ -259,15 +279,23 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def varlen_attention() -> Callable[..., Any] | None:
-    """Return torch's variable-length attention, or None where this torch has none with windows and grouped heads."""
+    """Return torch's variable-length attention, or None where this torch has none that knows windows."""
     try:
         function: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    return function if {"window_size", "enable_gqa"} <= inspect.signature(function).parameters.keys() else None
+    return function if "window_size" in inspect.signature(function).parameters else None
 
 
 @functools.cache
 def _has_varlen(device: torch.device) -> bool:
     # The flash kernels behind it begin with the Ampere generation.
     return varlen_attention() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _has_fast_cudnn(device: torch.device) -> bool:
+    # Measured on an H100: before that generation it is torch's own kernels that are faster.
+    # torch leaves the first call unannotated.
+    allowed: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    return allowed and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -7,7 +7,6 @@ mixtures of experts.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -248,9 +247,9 @@ class Decoder(nn.Module):
         rope = self.rope(positions)
         x = self.embed_tokens(input_ids)
         as_written = self._compiled and (cache is not None or not self.training)
-        with torch.compiler.set_stance("force_eager") if as_written else contextlib.nullcontext():
-            for layer, window in zip(self.layers, self.config.windows, strict=True):
-                x = layer(x, rope, seen[window], cache)
+        for layer, window in zip(self.layers, self.config.windows, strict=True):
+            # `_call_impl` is the layer before `compile`; a stance of torch's would stop FlexAttention's program, too.
+            x = (layer._call_impl if as_written else layer)(x, rope, seen[window], cache)  # type: ignore[no-untyped-call]
         if cache is not None:
             cache.length += length
         out: Tensor = self.norm(x)

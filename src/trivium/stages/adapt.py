@@ -27,6 +27,7 @@ from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run, is_base, read_manifest
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import data_ranks, decide, device_of, weight_dtype
+from trivium.training.float8 import lower_products
 from trivium.training.loop import FitConfig, fit
 from trivium.training.optim import OptimConfig
 from trivium.training.parallel import whole
@@ -88,6 +89,7 @@ def run(config: Config, run: Run) -> None:
     decide(lambda: before.update(losses(model, heldout, config)))  # rank 0's alone, for which the others wait
     flops_per_item = 3 * model.config.flops_per_token(config.context)
     rows = config.fit.steps * config.fit.batch_size
+    lower_products(model, run.settings)
     compiled = compile_layers(model, run.settings, flops=rows * config.context * flops_per_item)
     loader = mixed(config, train, run.seed)
     rank, size = data_ranks()

@@ -30,6 +30,7 @@ from trivium.models.transformer import Transformer
 from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
+from trivium.training.float8 import lower_products
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks, continue_text
@@ -127,6 +128,7 @@ def run(config: Config, run: Run) -> None:
     model.to(device, weight_dtype(run.settings))
     flops_per_item = 3 * model.config.flops_per_token(config.context)
     items = config.fit.steps * config.fit.batch_size * config.context
+    lower_products(model, run.settings)
     compiled = compile_layers(model, run.settings, flops=items * flops_per_item)
     loader = PretrainLoader(train, config.context, config.fit.batch_size, run.seed)
     rank, size = data_ranks()

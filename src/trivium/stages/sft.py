@@ -37,6 +37,7 @@ from trivium.runs.manifest import Run
 from trivium.training.compilation import compile_layers
 from trivium.training.distributed import autocast, data_ranks, device_of, weight_dtype
 from trivium.training.embedding_noise import embedding_noise, noisy_embeddings
+from trivium.training.float8 import lower_products
 from trivium.training.loop import FitConfig, fit
 from trivium.training.parallel import whole
 from trivium.training.rollout import chunks
@@ -89,6 +90,7 @@ def run(config: Config, run: Run) -> None:
     device = device_of(run.settings)
     start = load_model(run.model("init"), device=device, dtype=weight_dtype(run.settings))
     model = adapt(start, config.lora, seed=run.seed)
+    lower_products(model, run.settings)
     compile_layers(model, run.settings)
     packed, noisy = config.context if config.packing else 0, config.neftune_alpha > 0
     deal = Deal(train, config.fit.batch_size, run.seed, tokenizer.pad_id, context=packed, numbered=noisy)

@@ -252,7 +252,7 @@ def weight_dtype(settings: RunSettings) -> torch.dtype:
 
 def precision_name(settings: RunSettings) -> str:
     """Return what `precision` comes to on this machine, as a run's fingerprint has it: results depend on it."""
-    if weight_dtype(settings) is torch.bfloat16:
+    if settings.precision in ("bf16-pure", "fp8"):
         return settings.precision
     return str(compute_dtype(settings)).removeprefix("torch.")
 

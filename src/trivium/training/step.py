@@ -67,7 +67,8 @@ def train_step(
     # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.
     divisor = total.clamp(min=1e-8)
     optimizer.zero_grad()
-    loss, sums = torch.zeros(()), dict[str, Tensor]()
+    # Summed where they are: asking for a number makes a GPU finish before it is given the next micro-batch.
+    sums: dict[str, Tensor] = {}
     for batch, counted, reducing in _windows(objective, micro_batches):
         with reducing:
             with precision or contextlib.nullcontext():
@@ -75,20 +76,19 @@ def train_step(
             if not counted:
                 output = LossOutput(total=output.total * 0)
             (output.total / divisor).backward()  # type: ignore[no-untyped-call]
-        loss = loss + output.total.detach().cpu()
-        for name, value in output.metrics.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+        for name, value in {"": output.total, **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float()
     grad_norm = float(optimizer.clip())
+    count = float(total)
+    # A rank's own sums would do for a mean only where all ranks have equally many items. Read before the weights move,
+    # so that a GPU moves them while the next step is prepared.
+    reduced = all_reduce_sum(torch.stack([value.cpu() for value in sums.values()])).tolist()
+    means = {name: value / max(count, 1e-8) for name, value in zip(sums, reduced, strict=True)}
     skipped = not math.isfinite(grad_norm) or grad_norm > skip_above
     if not skipped:
         optimizer.step(lr_scale)
-    count = float(total)
-    # A rank's own sums would do for a mean only where all ranks have equally many items.
-    loss, *others = all_reduce_sum(torch.stack([loss, *sums.values()]))
-    metrics = {name: float(value) / max(count, 1e-8) for name, value in zip(sums, others, strict=True)}
-    return StepResult(
-        loss=float(loss) / max(count, 1e-8), grad_norm=grad_norm, num_items=count, skipped=skipped, metrics=metrics
-    )
+    loss = means.pop("")
+    return StepResult(loss=loss, grad_norm=grad_norm, num_items=count, skipped=skipped, metrics=means)
 
 
 def _windows(
