@@ -15,7 +15,10 @@ from trivium.models.transformer import Transformer
 from trivium.training import compilation
 from trivium.training.compilation import compile_layers, lacking
 from trivium.training.optim import OptimConfig, Optimizer
+from trivium.training.parallel import checkpoint_layers
 from trivium.training.step import train_step
+
+NEEDS_COMPILER = pytest.mark.skipif(bool(lacking("cpu")), reason=lacking("cpu"))
 
 
 def network() -> Transformer:
@@ -59,7 +62,7 @@ def three_steps(model: Transformer) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(bool(lacking("cpu")), reason=lacking("cpu"))
+@NEEDS_COMPILER
 def test_three_steps_compiled_equal_three_steps_as_written():
     """fp32; losses to 1e-5, weights to a hundredth of what the three steps moved them."""
     start, written, compiled = network(), network(), network()
@@ -72,6 +75,21 @@ def test_three_steps_compiled_equal_three_steps_as_written():
     pairs = zip(start.parameters(), written.parameters(), compiled.parameters(), strict=True)
     moved, apart = zip(*(((b - a).norm().square(), (c - b).norm().square()) for a, b, c in pairs), strict=True)
     assert sum(apart) ** 0.5 <= 1e-2 * sum(moved) ** 0.5
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_COMPILER])])
+def test_layers_that_are_computed_again_are_compiled_too(backend):
+    """Activation checkpointing stands inside the program of a layer, not in its way."""
+    written, compiled = network(), network()
+    checkpoint_layers(written)
+    torch.compiler.reset()
+    counters.clear()
+    compiled.model.compile_layers(backend=backend)
+    checkpoint_layers(compiled)
+    checkpoint_layers(compiled)  # a second time changes nothing
+    expected, found = three_steps(written), three_steps(compiled)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_only_training_is_compiled_and_all_layers_share_what_is(monkeypatch):

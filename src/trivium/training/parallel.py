@@ -14,7 +14,6 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -111,9 +110,18 @@ def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
 def checkpoint_layers(model: nn.Module) -> None:
     """Have each layer keep its input alone and compute its activations again in the backward pass."""
     for layer in _layers(model):
-        if not isinstance(layer.forward, partial):
-            # Nothing in a layer is random, so there is no state of generators to keep.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        if "forward" not in vars(layer):
+            layer.forward = _computed_again(layer.forward)
+
+
+def _computed_again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function, not a `partial`: of that torch's compiler makes no program, and the layer would run as written.
+    def checkpointed(*args: Any) -> Tensor:
+        # Nothing in a layer is random, so there is no state of generators to keep.
+        out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    return checkpointed
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
