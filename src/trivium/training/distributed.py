@@ -44,6 +44,7 @@ class _Group:
     store: Any = None
     decisions: int = 0
     tensor: int = 1
+    context: int = 1
 
 
 def setup(settings: RunSettings) -> None:
@@ -60,7 +61,9 @@ def setup(settings: RunSettings) -> None:
             cores = _cores_allowed()
         cores = max(1, cores // ranks.local_size)
     torch.set_num_threads(settings.threads or cores)
-    _Group.tensor = settings.tensor_parallel if ranks.size > 1 else 1
+    _Group.tensor, _Group.context = (
+        (settings.tensor_parallel, settings.context_parallel) if ranks.size > 1 else (1, 1)
+    )
     if ranks.size == 1 or dist.is_initialized():
         return
     timeout = timedelta(seconds=settings.rank_timeout_s)
@@ -92,7 +95,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
         return
     rank = world()[0]
     try:
-        check_layout(settings.tensor_parallel, world()[1])
+        check_layout(settings, world()[1])
         yield
         _let_rank_0_go_last()
     except BaseException as error:
@@ -127,7 +130,7 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    _Group.store, _Group.tensor = None, 1
+    _Group.store, _Group.tensor, _Group.context = None, 1, 1
 
 
 def decide(compute: Callable[[], T]) -> T:
@@ -288,47 +291,62 @@ def world() -> tuple[int, int]:
 
 
 def tensor_ranks() -> int:
-    """Return how many ranks have one copy of the layers between them, and so the same rows; 1 without a group."""
+    """Return how many ranks have one copy of the layers between them; 1 without a group."""
     return _Group.tensor
+
+
+def context_ranks() -> int:
+    """Return how many ranks have the positions of each row between them; 1 without a group."""
+    return _Group.context
+
+
+def row_ranks() -> int:
+    """Return how many ranks work on the same rows, whether they share matrices or positions; 1 without a group."""
+    return _Group.tensor * _Group.context
 
 
 def data_ranks() -> tuple[int, int]:
     """Return (rank, size) among those that train on different rows: what a loader shares them by.
 
-    The ranks of a tensor group, which are neighbours, have one number. Worked: of ranks 0 1 2 3 with
-    `tensor_parallel = 2`, 0 and 1 are (0, 2), 2 and 3 are (1, 2).
+    The ranks that work on the same rows, which are neighbours, have one number. Worked: of ranks 0 1 2 3 with
+    `tensor_parallel = 2` or `context_parallel = 2`, 0 and 1 are (0, 2), 2 and 3 are (1, 2).
     """
     rank, size = world()
-    return rank // _Group.tensor, size // _Group.tensor
+    return rank // row_ranks(), size // row_ranks()
 
 
-def check_layout(tensor: int, size: int) -> None:
-    """Raise ConfigError when `size` ranks are not whole groups of `tensor`."""
-    if size % tensor:
+def check_layout(settings: RunSettings, size: int) -> None:
+    """Raise ConfigError when `size` ranks are not whole groups that work on the same rows."""
+    shared = {"tensor_parallel": settings.tensor_parallel, "context_parallel": settings.context_parallel}
+    group = settings.tensor_parallel * settings.context_parallel
+    if size % group:
+        named = [f"{name} = {number}" for name, number in shared.items() if number > 1]
+        lower = "set it to 1" if len(named) == 1 else "lower one of them"
         raise ConfigError(
-            f"tensor_parallel = {tensor} does not divide the {size} ranks; start a multiple of it, or set it to 1"
+            f"{' times '.join(named)} does not divide the {size} ranks; start a multiple of {group}, or {lower}"
         )
 
 
 def check_shares(**sizes: int) -> None:
-    """Raise ConfigError when a named batch has fewer rows than there are ranks (or tensor groups) to share it."""
+    """Raise ConfigError when a named batch has fewer rows than there are ranks (or groups of them) to share it."""
     shares = data_ranks()[1]
     for name, size in sizes.items():
         if size < shares:
-            who = "ranks" if _Group.tensor == 1 else f"groups of {_Group.tensor} ranks"
+            who = "ranks" if row_ranks() == 1 else f"groups of {row_ranks()} ranks"
             raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} {who}; raise it, or use fewer ranks")
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of `value` over the ranks with different rows (itself when there is one).
+    """Return the sum of `value` over the groups with different rows (itself when there is one).
 
-    The ranks of a tensor group have the same value. All are summed nevertheless, and the sum divided: so every rank has
-    the same figure to the bit, and all decide alike by it.
+    What a group has is the mean over its ranks: all have the same value, or, of a row whose positions they share, each
+    its own part times their number. All ranks are summed, and the sum divided: so every rank has the same figure to the
+    bit, and all decide alike by it.
     """
     total = _reduced(value, dist.ReduceOp.SUM)
-    if _Group.tensor == 1:
+    if row_ranks() == 1:
         return total
-    return total / _Group.tensor if total.is_floating_point() else total // _Group.tensor
+    return total / row_ranks() if total.is_floating_point() else total // row_ranks()
 
 
 def all_reduce_max(value: int) -> int:
@@ -369,7 +387,8 @@ def over_ranks(count: int, compute: Callable[[list[int]], Tensor], *, group: int
     """Return `compute(range(count))` [count, ...], the work split over ranks by whole groups of `group` neighbours.
 
     `compute` goes from row numbers to a tensor with a row for each, whose other dimensions are equal on all ranks.
-    For work outside of a step, where each rank has whole weights: the ranks of a tensor group do different rows, too.
+    For work outside of a step, where each rank has whole weights and rows: ranks that share them in a step do different
+    rows, too.
     """
     rank, size = world()
     if size == 1:
