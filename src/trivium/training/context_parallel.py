@@ -33,13 +33,14 @@ def check_network(model: nn.Module, ranks: int) -> None:
         )
 
 
-def chunks_of(rank: int, ranks: int, length: int) -> list[int]:
-    """Return the places of a row of `length` that are this rank's; those from `length` on are padding.
+def places_of(rank: int, ranks: int, length: int) -> Tensor:
+    """Return the places of a row of `length` that are this rank's, int64; those from `length` on are padding.
 
     Worked: of 7 positions rank 0 of 2 has 0 1 6 7, rank 1 has 2 3 4 5.
     """
     size = -(-length // (2 * ranks))
-    return [place for chunk in (rank, 2 * ranks - 1 - rank) for place in range(chunk * size, (chunk + 1) * size)]
+    begins = torch.tensor([rank * size, (2 * ranks - 1 - rank) * size])
+    return (begins[:, None] + torch.arange(size)).flatten()
 
 
 class SharedRows:
@@ -55,14 +56,9 @@ class SharedRows:
     def part(self, length: int, device: torch.device) -> Part:
         """Return this rank's part of rows of `length`."""
         size, rank = self.mesh.size(), self.mesh.get_local_rank()
-        places = [chunks_of(each, size, length) for each in range(size)]
-        return Part(
-            queries=torch.tensor(places[rank], device=device),
-            keys=torch.tensor([place for part in places for place in part], device=device),
-            gather=self.gather,
-        )
+        places = torch.stack([places_of(each, size, length) for each in range(size)]).to(device)
+        return Part(queries=places[rank], keys=places.flatten(), gather=self.gather)
 
-    @torch.compiler.disable  # a compiled layer is two programs, with what is sent between them
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """Return what all ranks have, one after the other along `dim`; gradients are summed over them, in fp32."""
         mine = DTensor.from_local(x, self.mesh, [Shard(dim)], run_check=False)
@@ -92,9 +88,7 @@ class SharedRows:
     def own_targets(self, batch: TokenBatch) -> TokenBatch:
         """Return the batch with the targets of this rank's positions alone."""
         length, device = batch.targets.shape[1], batch.targets.device
-        mine = torch.zeros(length, dtype=torch.bool, device=device)
-        queries = self.part(length, device).queries
-        mine[queries[queries < length]] = True
+        mine = torch.isin(torch.arange(length, device=device), self.part(length, device).queries)
         return dataclasses.replace(
             batch,
             targets=batch.targets.where(mine, IGNORE),
