@@ -17,7 +17,7 @@ def part_of(rank: int, length: int = LENGTH, device: torch.device = CPU) -> Part
     """Return the first and the last quarter of a row, or those in the middle; nothing is sent."""
     chunks = torch.arange(-(-length // 4) * 4, device=device).chunk(4)
     places = [torch.cat((chunks[0], chunks[3])), torch.cat((chunks[1], chunks[2]))]
-    return Part(queries=places[rank], keys=torch.cat(places), gather=lambda x, dim: x)
+    return Part(queries=places[rank], keys=torch.cat(places), gather=lambda dim, *xs: xs)
 
 
 def heads(length: int, size: int = 16) -> list[torch.Tensor]:
@@ -62,7 +62,7 @@ def test_queries_of_a_part_see_what_they_see_in_the_whole_row(kernel, window, do
 def test_visibility_of_a_part_by_hand():
     """Two documents a b | c d e and a window of 2; queries a e and padding, keys a e . b c d: places 0 4 5 1 2 3."""
     documents = torch.tensor([[0, 0, 1, 1, 1]])
-    part = Part(queries=torch.tensor([0, 4, 5]), keys=torch.tensor([0, 4, 5, 1, 2, 3]), gather=lambda x, dim: x)
+    part = Part(queries=torch.tensor([0, 4, 5]), keys=torch.tensor([0, 4, 5, 1, 2, 3]), gather=lambda dim, *xs: xs)
     assert visibility(5, 0, CPU, None, document_ids=documents, part=part)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [0, 1, 0, 0, 1, 1],
@@ -89,7 +89,7 @@ def test_the_choice_for_a_part(device, facts, kernel):
 
 def test_rows_are_taken_apart_and_joined():
     row = torch.arange(14.0).view(1, 7, 2)
-    part = Part(queries=torch.tensor([0, 1, 6, 7]), keys=torch.tensor([0, 1, 6, 7, 2, 3, 4, 5]), gather=lambda x, dim: x)
+    part = Part(queries=torch.tensor([0, 1, 6, 7]), keys=torch.tensor([0, 1, 6, 7, 2, 3, 4, 5]), gather=lambda dim, *xs: xs)
     assert part.take(row)[0, :, 0].tolist() == [0, 2, 12, 12]
     other = Part(queries=torch.tensor([2, 3, 4, 5]), keys=part.keys, gather=part.gather)
     both = torch.cat((part.take(row), other.take(row)), 1)
@@ -99,7 +99,7 @@ def test_rows_are_taken_apart_and_joined():
 def all_of_it(length: int, device: torch.device) -> Part:
     """Return a part that is the whole row, from its end to its beginning, three places of padding with it."""
     places = torch.arange(length + 3, device=device).flip(0)
-    return Part(queries=places, keys=places, gather=lambda x, dim: x)
+    return Part(queries=places, keys=places, gather=lambda dim, *xs: xs)
 
 
 def test_a_network_computes_the_same_of_a_part_that_is_all(family, tokens):

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from trivium.batches import IGNORE, LossOutput, PreferenceBatch, RolloutBatch, TokenBatch, select_rows
 from trivium.config import ConfigError, RunSettings
@@ -249,7 +248,7 @@ def adjoint(settings: RunSettings) -> float:
     for dtype in (torch.float32, torch.bfloat16):
         xs, ws = everything[0, :, :, :2].to(dtype), everything[1].to(dtype)
         x = xs[rank].clone().requires_grad_()
-        y = shared.gather(x, 1)
+        (y,) = shared.gather(1, x)
         (y * ws[rank]).sum().backward()
         assert x.grad is not None and y.dtype == x.grad.dtype == dtype
         expected = ws.float().sum(0)[:, 2 * rank : 2 * rank + 2].to(dtype)
@@ -257,16 +256,18 @@ def adjoint(settings: RunSettings) -> float:
     return worst
 
 
-def without_the_others_gradients(self: SharedRows, x: Tensor, dim: int) -> Tensor:
-    """Gather as `SharedRows.gather` does, but with a gradient from this rank's use of its own keys alone: a fault."""
-    mine = DTensor.from_local(x, self.mesh, [Shard(dim)], run_check=False)
-    return mine.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
-
-
 def with_a_fault(folder: Path) -> dict[str, Any]:
-    """Train with a planted fault, a gather whose gradient is not summed."""
+    """Train with a planted fault: keys and values without the gradients that other ranks have for them."""
     right = SharedRows.gather
-    SharedRows.gather = without_the_others_gradients  # type: ignore[method-assign]
+
+    def gather(self: SharedRows, dim: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        mine, ranks = self.mesh.get_local_rank(), self.mesh.size()
+        parts = [list(x.chunk(ranks, dim)) for x in right(self, dim, *(x.detach() for x in xs))]
+        for x, each in zip(xs, parts, strict=True):
+            each[mine] = x
+        return tuple(torch.cat(each, dim) for each in parts)
+
+    SharedRows.gather = gather  # type: ignore[method-assign]
     try:
         return trained(folder, CP, "windows")
     finally:
@@ -415,7 +416,7 @@ def test_a_run_moves_between_shared_and_whole_rows(found: Found, alone: Callable
 
 @pytest.mark.timeout(900)
 def test_a_missing_gradient_is_found(found: Found, alone: Callable[[str], dict[str, Any]]) -> None:
-    """Keys without the gradients that other ranks have for them: the first loss is right, the gradient is not."""
+    """A gather without the others' gradients: the first loss is right, the gradient is not."""
     wrong, right = found.by_name["fault"], alone("windows")
     assert wrong["loss"][0] == pytest.approx(right["loss"][0], rel=1e-6)
     assert wrong["grad_norm"][0] != pytest.approx(right["grad_norm"][0], rel=1e-3)

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Gather(Protocol):
+    """How the others' positions are had."""
+
+    def __call__(self, dim: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Return everybody's positions of each tensor, side by side along `dim`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +28,9 @@ class Part:
 
     `queries`: int64 [Tq], the places in the row of the positions in this part. `keys`: int64 [n Tq], those of all n
     parts, in the order in which `gather` lines up what the parts have. Places from the row's length on are padding at
-    its end: under the causal mask nothing before it sees it. `gather(x, dim)` goes from this part's [..., Tq, ...] to
-    everybody's [..., n Tq, ...], and its gradient is the sum of what all parts have for this one's positions.
+    its end: under the causal mask nothing before it sees it. `gather(dim, *xs)` goes from tensors of this part's
+    positions, [..., Tq, ...] of one shape, to those of everybody's, [..., n Tq, ...], and the gradient of each is the sum
+    of what all parts have for this one's positions.
 
     Worked: rows of 7, two parts, of which this is the first. `queries` is 0 1 6 7, `keys` is 0 1 6 7 2 3 4 5; place 7
     is padding.
@@ -28,7 +38,7 @@ class Part:
 
     queries: Tensor
     keys: Tensor
-    gather: Callable[[Tensor, int], Tensor]
+    gather: Gather
 
     def take(self, x: Tensor) -> Tensor:
         """Return the part's positions of whole rows, [B, Tq, ...] of [B, T, ...]."""
@@ -36,7 +46,8 @@ class Part:
 
     def join(self, x: Tensor, length: int) -> Tensor:
         """Return whole rows of `length` [B, T, ...] from this part's positions [B, Tq, ...] and the others'."""
-        return self.gather(x, 1).index_select(1, self.keys.argsort()[:length])
+        (everybodys,) = self.gather(1, x)
+        return everybodys.index_select(1, self.keys.argsort()[:length])
 
 
 PartOf = Callable[[int, torch.device], Part]

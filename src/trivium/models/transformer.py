@@ -148,7 +148,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if seen.part is not None:
-            k, v = seen.part.gather(torch.stack((k, v)), 3).unbind()
+            k, v = seen.part.gather(2, k, v)
         out: Tensor = self.o_proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
         return out
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from trivium.batches import IGNORE, TokenBatch
 from trivium.config import ConfigError
@@ -59,11 +60,12 @@ class SharedRows:
         places = torch.stack([places_of(each, size, length) for each in range(size)]).to(device)
         return Part(queries=places[rank], keys=places.flatten(), gather=self.gather)
 
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return what all ranks have, one after the other along `dim`; gradients are summed over them, in fp32."""
-        mine = DTensor.from_local(x, self.mesh, [Shard(dim)], run_check=False)
-        everybodys = mine.redistribute(placements=[Replicate()], backward_dtype=torch.float32)
-        return everybodys.to_local(grad_placements=[Partial()])
+    @torch.compiler.disable  # what is sent stands between compiled programs; torch's compiler does not look into it
+    def gather(self, dim: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Return of each tensor what all ranks have, one after the other along `dim`; gradients are summed over ranks."""
+        # torch leaves `apply` unannotated.
+        gathered: tuple[Tensor, ...] = _Gathered.apply(self.mesh.get_group(), self.mesh.size(), dim, *xs)  # type: ignore[no-untyped-call]
+        return gathered
 
     def loss(self, loss: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return `loss(batch)`, (total, metrics), each network in it computing this rank's part of every row.
@@ -94,6 +96,34 @@ class SharedRows:
             targets=batch.targets.where(mine, IGNORE),
             weights=None if batch.weights is None else batch.weights * mine,
         )
+
+
+class _Gathered(torch.autograd.Function):
+    """An all-gather of tensors of one shape, whose gradient is a reduce-scatter of sums in fp32.
+
+    torch's DTensor does the same with more copies: at the peak of the backward pass nine times what is gathered in bf16,
+    here three times (docs/LOG.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, ranks: int, dim: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.ranks, ctx.dim = group, ranks, dim
+        mine = torch.stack(xs)
+        parts = mine.new_empty(ranks, *mine.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), mine, group=group)  # views: gloo wants one dimension less
+        return tuple(part.movedim(0, dim).flatten(dim, dim + 1) for part in parts.unbind(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        by_rank = [each.unflatten(ctx.dim, (ctx.ranks, -1)).movedim(ctx.dim, 0) for each in gradients]
+        shape = (ctx.ranks, len(gradients), *by_rank[0].shape[1:])
+        parts = torch.empty(shape, dtype=torch.float32, device=by_rank[0].device)
+        for place, each in enumerate(by_rank):
+            parts[:, place] = each
+        mine = parts.new_empty(shape[1:])
+        dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=ctx.group)
+        return None, None, None, *mine.to(gradients[0].dtype).unbind()
 
 
 def _decoders(model: nn.Module) -> list[Decoder]:
