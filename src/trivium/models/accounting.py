@@ -151,13 +151,16 @@ def sharing_bytes(config: ModelConfig, precision: str, *, split: int = 1, parts:
 
 
 def joined_bytes(config: ModelConfig, rows: int, context: int) -> float:
-    """Return the bytes of whole rows' last hidden states while they are joined of parts: as they come from all ranks,
-    one rank after the other, and in the order of the row; on the way back their gradient likewise."""
+    """Return the bytes of whole rows' last hidden states while they are joined of parts.
+
+    As they come from all ranks, one rank after the other, and in the order of the row; on the way back their gradient
+    likewise.
+    """
     return 3 * rows * context * config.hidden_size * FP32_BYTES
 
 
 def logits_bytes(
-    config: ModelConfig, rows: int, context: int, *, chunk: int = 0, precision: str = "fp32", split: int = 1
+    config: ModelConfig, rows: int, context: float, *, chunk: int = 0, precision: str = "fp32", split: int = 1
 ) -> float:
     """Return the bytes of the logits and their loss at the peak; `chunk` positions of the micro-batch at once (0: all).
 

@@ -81,7 +81,14 @@ def choose_kernel(
         return "causal"
     if device != "cuda" or padded or (length != total and not part) or length < BLOCK:
         return "mask"
-    if documents and not part and varlen and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256:
+    if (
+        documents
+        and not part
+        and varlen
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+    ):
         return "varlen"
     # Triton's tiles are powers of two of at least 16.
     return "flex" if head_dim in (16, 32, 64, 128, 256) else "mask"

@@ -29,8 +29,8 @@ class Part:
     `queries`: int64 [Tq], the places in the row of the positions in this part. `keys`: int64 [n Tq], those of all n
     parts, in the order in which `gather` lines up what the parts have. Places from the row's length on are padding at
     its end: under the causal mask nothing before it sees it. `gather(dim, *xs)` goes from tensors of this part's
-    positions, [..., Tq, ...] of one shape, to those of everybody's, [..., n Tq, ...], and the gradient of each is the sum
-    of what all parts have for this one's positions.
+    positions, [..., Tq, ...] of one shape, to those of everybody's, [..., n Tq, ...], and the gradient of each is the
+    sum of what all parts have for this one's positions.
 
     Worked: rows of 7, two parts, of which this is the first. `queries` is 0 1 6 7, `keys` is 0 1 6 7 2 3 4 5; place 7
     is padding.

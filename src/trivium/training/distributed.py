@@ -61,10 +61,9 @@ def setup(settings: RunSettings) -> None:
             cores = _cores_allowed()
         cores = max(1, cores // ranks.local_size)
     torch.set_num_threads(settings.threads or cores)
-    _Group.tensor, _Group.context = (
-        (settings.tensor_parallel, settings.context_parallel) if ranks.size > 1 else (1, 1)
-    )
-    if ranks.size == 1 or dist.is_initialized():
+    alone = ranks.size == 1
+    _Group.tensor, _Group.context = (1, 1) if alone else (settings.tensor_parallel, settings.context_parallel)
+    if alone or dist.is_initialized():
         return
     timeout = timedelta(seconds=settings.rank_timeout_s)
     backend = "gloo"
@@ -317,14 +316,11 @@ def data_ranks() -> tuple[int, int]:
 
 def check_layout(settings: RunSettings, size: int) -> None:
     """Raise ConfigError when `size` ranks are not whole groups that work on the same rows."""
-    shared = {"tensor_parallel": settings.tensor_parallel, "context_parallel": settings.context_parallel}
     group = settings.tensor_parallel * settings.context_parallel
     if size % group:
-        named = [f"{name} = {number}" for name, number in shared.items() if number > 1]
-        lower = "set it to 1" if len(named) == 1 else "lower one of them"
-        raise ConfigError(
-            f"{' times '.join(named)} does not divide the {size} ranks; start a multiple of {group}, or {lower}"
-        )
+        shared = {"tensor_parallel": settings.tensor_parallel, "context_parallel": settings.context_parallel}
+        named = " times ".join(f"{name} = {number}" for name, number in shared.items() if number > 1)
+        raise ConfigError(f"{named} does not divide the {size} ranks; start a multiple of {group}, or lower it")
 
 
 def check_shares(**sizes: int) -> None:
@@ -339,9 +335,8 @@ def check_shares(**sizes: int) -> None:
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of `value` over the groups with different rows (itself when there is one).
 
-    What a group has is the mean over its ranks: all have the same value, or, of a row whose positions they share, each
-    its own part times their number. All ranks are summed, and the sum divided: so every rank has the same figure to the
-    bit, and all decide alike by it.
+    What a group has is the mean over its ranks: all have the same value, or each its own positions' times their number.
+    All ranks are summed, and the sum divided: so every rank has the same figure to the bit, and all decide alike by it.
     """
     total = _reduced(value, dist.ReduceOp.SUM)
     if row_ranks() == 1:
@@ -387,8 +382,7 @@ def over_ranks(count: int, compute: Callable[[list[int]], Tensor], *, group: int
     """Return `compute(range(count))` [count, ...], the work split over ranks by whole groups of `group` neighbours.
 
     `compute` goes from row numbers to a tensor with a row for each, whose other dimensions are equal on all ranks.
-    For work outside of a step, where each rank has whole weights and rows: ranks that share them in a step do different
-    rows, too.
+    For work outside of a step, where each rank has whole weights: ranks that share rows in a step do different ones.
     """
     rank, size = world()
     if size == 1:
