@@ -73,6 +73,7 @@ class SharedRows:
 
         The mean over the group's ranks is the group's figure. Where the items are tokens each rank has its own, so that
         none does the output layer's work for another; what is said of whole rows is computed by all ranks alike.
+        So an objective over a TokenBatch must be a sum over its targets, as `num_items` says.
         """
         decoders = _decoders(loss)
         for decoder in decoders:
@@ -102,8 +103,7 @@ class SharedRows:
 class _Gathered(torch.autograd.Function):
     """An all-gather of tensors of one shape, whose gradient is a reduce-scatter of sums in fp32.
 
-    torch's DTensor does the same with more copies: in bf16 at most eight times what is gathered beside the gradients
-    on the way back, here two and a half times (docs/LOG.md).
+    torch's DTensor does the same with twice the copies on the way back (docs/LOG.md).
     """
 
     @staticmethod

@@ -335,13 +335,11 @@ def check_shares(**sizes: int) -> None:
 def all_reduce_sum(value: Tensor) -> Tensor:
     """Return the sum of `value` over the groups with different rows (itself when there is one).
 
-    What a group has is the mean over its ranks: all have the same value, or each its own positions' times their number.
-    All ranks are summed, and the sum divided: so every rank has the same figure to the bit, and all decide alike by it.
+    What a group has is its ranks' mean: all have the same, or each its own positions' times their number. All ranks are
+    summed, and the sum divided: so every rank has the same figure to the bit, and all decide alike by it.
     """
-    total = _reduced(value, dist.ReduceOp.SUM)
-    if row_ranks() == 1:
-        return total
-    return total / row_ranks() if total.is_floating_point() else total // row_ranks()
+    total, group = _reduced(value, dist.ReduceOp.SUM), row_ranks()
+    return total / group if total.is_floating_point() else total // group
 
 
 def all_reduce_max(value: int) -> int:

@@ -145,9 +145,8 @@ def _lay_on_grid(loss: _Loss, settings: RunSettings) -> DeviceMesh:
     The ranks of a group are neighbours, so that they are on one machine where its GPUs divide by their number.
     """
     groups, tensor = world()[1] // tensor_ranks(), tensor_ranks()
-    tensor_parallel.check_network(
-        loss.model, _layers(loss), tensor
-    )  # before the groups talk to each other for the first time
+    # Before the groups talk to each other for the first time.
+    tensor_parallel.check_network(loss.model, _layers(loss), tensor)
     # Replicas of what is cut are torch's hybrid mesh with one shard: DDP itself knows no DTensors.
     sizes = {"data": groups} if settings.parallel == "fsdp" else {"data": groups, "shards": 1}
     device = next(loss.parameters()).device.type
