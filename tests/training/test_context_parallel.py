@@ -350,6 +350,7 @@ class Found:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
+        assert "reduce_scatter_tensor` is deprecated" not in done.stderr
         return dict(json.loads((self.folder / f"found{size}.json").read_text()))
 
 

@@ -24,6 +24,10 @@ from trivium.models.part import Part
 from trivium.models.transformer import Decoder
 from trivium.training.distributed import context_ranks, tensor_ranks, world
 
+# By their names since torch 2.13, which warns of the old ones, or by those.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def check_network(model: nn.Module, ranks: int) -> None:
     """Raise ConfigError for a network that cannot compute a part of a row's positions."""
@@ -111,7 +115,7 @@ class _Gathered(torch.autograd.Function):
         ctx.group, ctx.ranks, ctx.dim = group, ranks, dim
         mine = torch.stack(xs)
         parts = mine.new_empty(ranks, *mine.shape)
-        dist.all_gather_into_tensor(parts.flatten(0, 1), mine, group=group)  # views: gloo wants one dimension less
+        _all_gather(parts.flatten(0, 1), mine, group=group)  # views: gloo wants one dimension less
         return tuple(part.movedim(0, dim).flatten(dim, dim + 1) for part in parts.unbind(1))
 
     @staticmethod
@@ -123,7 +127,7 @@ class _Gathered(torch.autograd.Function):
             for rank, part in enumerate(gradient.chunk(ctx.ranks, ctx.dim)):
                 parts[rank, place] = part
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=ctx.group)
+        _reduce_scatter(mine, parts.flatten(0, 1), group=ctx.group)
         return None, None, None, *mine.to(gradients[0].dtype).unbind()
 
 
