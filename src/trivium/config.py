@@ -136,6 +136,8 @@ class RunSettings:
     """Under torchrun: `ddp` keeps the whole model on every rank, `fsdp` shards it over them. Results do not change."""
     tensor_parallel: int = 1
     """Under torchrun: so many neighbouring ranks share each layer's matrices and the rows; 1 leaves them whole."""
+    context_parallel: int = 1
+    """Under torchrun: so many neighbouring ranks share the positions of each row; 1 leaves rows whole."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, a third more work, equal gradients."""
     rank_timeout_s: int = 1800
@@ -152,7 +154,7 @@ class RunSettings:
         if self.precision == "fp8" and self.tensor_parallel > 1:
             raise ConfigError("precision = 'fp8' multiplies whole matrices; with tensor_parallel above 1 use 'bf16'")
         bounds(self, threads=(0, 4096), seed=(0, 2**31 - 1), time_limit_s=(0, None), rank_timeout_s=(1, None))
-        bounds(self, tensor_parallel=(1, 4096))
+        bounds(self, tensor_parallel=(1, 4096), context_parallel=(1, 4096))
 
 
 @dataclass(frozen=True, kw_only=True)

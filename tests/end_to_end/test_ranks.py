@@ -250,10 +250,14 @@ def test_sharded_every_stage_gives_one_processs_figures(alone: Path, recipe: Pat
         assert distance < 1e-5, f"{table} {name}: {distance}"
 
 
-def test_cut_matrices_give_one_processs_figures(alone: Path, recipe: Path) -> None:
-    """Two ranks with half of each layer's matrices each: every figure of pretrain and sft to 1e-5, the same model."""
-    workspace = untrained(alone, "tensor")
-    words = ("--run.tensor-parallel", "2", "--only", "pretrain", "sft")
+@pytest.mark.parametrize("shared", ["tensor", "context"])
+def test_shared_layers_and_rows_give_one_processs_figures(alone: Path, recipe: Path, shared: str) -> None:
+    """Two ranks with half of each matrix, or of each row's positions: figures of pretrain and sft to 1e-5, one model.
+
+    Pre-training's rows are of 64 positions, in documents; fine-tuning's are as long as the longest happens to be.
+    """
+    workspace = untrained(alone, shared)
+    words = (f"--run.{shared}-parallel", "2", "--only", "pretrain", "sft")
     code, _, err = finish(on_ranks(2, "run", recipe, "--workspace", workspace, *words))
     assert code == 0, err[-3000:]
     for table in ("pretrain", "sft"):
@@ -284,9 +288,31 @@ def test_cut_every_stage_gives_one_processs_figures(alone: Path, recipe: Path, r
         assert distance < 1e-5, f"{table} {name}: {distance}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(2, ()), (4, ("--run.parallel", "fsdp")), (4, ("--run.tensor-parallel", "2"))]
+)
+def test_shared_rows_every_stage_gives_one_processs_figures(
+    alone: Path, recipe: Path, ranks: int, more: tuple[str, ...]
+) -> None:
+    """All stages by one group of two ranks, by two, and by one group whose ranks are two each, with half the matrices.
+
+    But for DPO's first training accuracy, as above; and a shared trunk, whose matrices tensor_parallel refuses to cut.
+    """
+    workspace = untrained(alone, f"context-{ranks}-{more[0] if more else 'ddp'}")
+    tables = [table for table in TRAINED if more[:1] != ("--run.tensor-parallel",) or table != "ppo_variant"]
+    words = ("--run.context-parallel", "2", *more, "--only", *tables)
+    code, _, err = finish(on_ranks(ranks, "run", recipe, "--workspace", workspace, *words), 550)
+    assert code == 0, err[-3000:]
+    for table in tables:
+        distance, name = furthest(alone, workspace, table, but={("train/accuracy", 1)} if table == "dpo" else set())
+        assert distance < 1e-5, f"{table} {name}: {distance}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--run.context-parallel", "3"), "context_parallel = 3 does not divide the 2 ranks"),
         (("--run.tensor-parallel", "3"), "tensor_parallel = 3 does not divide the 2 ranks"),
         (
             ("--run.tensor-parallel", "2", "--pretrain.num-kv-heads", "1"),
@@ -296,7 +322,7 @@ def test_cut_every_stage_gives_one_processs_figures(alone: Path, recipe: Path, r
 )
 def test_what_cannot_be_cut_is_said_once(alone: Path, recipe: Path, words: tuple[str, ...], said: str) -> None:
     """Ranks that are no whole groups, heads that cannot be dealt out: one sentence of ours, no hang."""
-    workspace = untrained(alone, f"cut{len(words)}")
+    workspace = untrained(alone, "cut" + "".join(words))
     code, _, err = finish(on_ranks(2, "run", recipe, "--workspace", workspace, "--only", "pretrain", *words), 240)
     assert code != 0
     assert [line for line in err.splitlines() if said in line] and err.count("trivium: ") == 1, err[-2000:]

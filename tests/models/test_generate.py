@@ -54,6 +54,20 @@ def test_a_row_does_not_depend_on_its_batch_mates(family, prompts, how):
         assert np.allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+def test_a_network_that_is_not_written_out_samples_the_same(tiny, prompts):
+    """With a hook (or sharded, or under autocast) the network itself is called, which hides padding, too."""
+    model, how = tiny(), {"max_new_tokens": 16, "seed": [3, 1], "stop_ids": frozenset(range(8, 20))}
+    written_out = generate(model, prompts, **how)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    for size in (len(prompts), 2):
+        as_called = generate(model, prompts, batch_size=size, **how)
+        assert [m.token_ids for m in as_called] == [m.token_ids for m in written_out]
+        for a, b in zip(as_called, written_out, strict=True):
+            assert np.allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert len(calls) > 16
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_prompts_that_enter_as_rows_end_draw_what_they_would_have_drawn(family, tokens, monkeypatch, size):
     """Each prompt alone is the definition. Rows end at any step, and the slots run out and are moved back often."""

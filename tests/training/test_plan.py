@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from trivium.losses.cross_entropy import cross_entropy, head_cross_entropy
 from trivium.models.config import ModelConfig
 from trivium.models.transformer import Transformer
+from trivium.training import context_parallel
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.plan import (
     H100,
@@ -83,6 +85,47 @@ def test_the_memory_of_a_chunked_loss_is_the_formula_within_a_tenth():
     assert sizes[1] < 0.4 * sizes[0]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layers", ["kept", "recomputed"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_memory_of_shared_rows_is_the_formula_within_a_tenth(heads, layers, precision, monkeypatch):
+    """The same of one of four ranks, packed rows; instead of a collective the others send what this rank has itself.
+
+    So all that is allocated is what a rank allocates, but for what gloo or NCCL hold inside.
+    """
+    config = dataclasses.replace(SMALL, num_key_value_heads=heads, vocab_size=50)
+    layout = Layout(
+        gpus=4,
+        rows=2,
+        context=256,
+        context_parallel=4,
+        sharded=False,
+        checkpointing=layers == "recomputed",
+        precision=precision,
+    )
+
+    def send(into: torch.Tensor, mine: torch.Tensor, group: object) -> None:
+        into.unflatten(0, (4, -1)).copy_(mine)
+
+    def add_up(into: torch.Tensor, parts: torch.Tensor, group: object) -> None:
+        into.copy_(parts.unflatten(0, (4, -1))[1])
+
+    monkeypatch.setattr(context_parallel, "_all_gather", send)
+    monkeypatch.setattr(context_parallel, "_reduce_scatter", add_up)
+    rows = object.__new__(context_parallel.SharedRows)
+    rows.mesh = SimpleNamespace(size=lambda: 4, get_local_rank=lambda: 1, get_group=lambda: None)
+
+    def loss(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+        model.model.part_of = rows.part
+        hidden = model(ids, positions=torch.arange(256).expand_as(ids), document_ids=torch.zeros_like(ids))
+        return cross_entropy(model.logits(hidden), ids).sum()
+
+    formula = memory(config, layout, packed=True)
+    assert sum(formula.values()) == pytest.approx(measure(config, layout, loss), rel=0.1)
+    whole = memory(config, dataclasses.replace(layout, gpus=1, context_parallel=1), packed=True)
+    assert formula["kept"] < 0.4 * whole["kept"], "activations of a quarter, but keys and values of all"
+
+
 def whole_loss(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model.logits(model(ids)), ids).sum()
 
@@ -140,6 +183,7 @@ def test_traffic_by_hand():
         "all_gather": 0.0,
         "reduce_scatter": 0.0,
         "tensor_parallel": 0.0,
+        "context_parallel": 0.0,
     }
     fsdp = communication(config, dataclasses.replace(ddp, sharded=True))
     assert fsdp["all_gather"] == 3 * 2 * 0.75 * 2 * n
@@ -150,6 +194,29 @@ def test_traffic_by_hand():
     assert communication(config, dataclasses.replace(tp, checkpointing=False))["tensor_parallel"] == 4 * 16 * 64 * 2
     assert communication(config, tp)["all_reduce"] == 2 * 0.5 * 4 * n / 2
     assert sum(communication(config, dataclasses.replace(ddp, gpus=1)).values()) == 0
+
+
+def test_traffic_of_shared_rows_by_hand():
+    """One layer with 2 key heads of 16 and a row of 16 tokens by 4 ranks, each of which sends three quarters of it.
+
+    Keys and values of a token are 64 numbers: in bf16 forward, once more if recomputed, their gradients in fp32; its
+    hidden state 64 numbers in fp32, its gradient likewise.
+    """
+    config = dataclasses.replace(SMALL, vocab_size=1, num_hidden_layers=1, qk_norm=False)
+    cp = Layout(gpus=8, rows=2, context=8, context_parallel=4, checkpointing=False)
+    sent = communication(config, cp)
+    assert sent["context_parallel"] == 0.75 * 16 * (64 * (2 + 4) + 64 * (4 + 4))
+    again = communication(config, dataclasses.replace(cp, checkpointing=True))
+    assert again["context_parallel"] == sent["context_parallel"] + 0.75 * 16 * 64 * 2
+    # Weights and gradients travel between all 8; rows are of 2 groups.
+    assert sent["reduce_scatter"] == 7 / 8 * 4 * config.num_parameters()
+    assert cp.tokens == 2 * 16
+    both = communication(config, dataclasses.replace(cp, tensor_parallel=2))
+    assert both["context_parallel"] == 0.75 * 16 * (64 / 2 * (2 + 4) + 64 * (4 + 4)), "half of the heads each"
+    assert both["tensor_parallel"] == 4 * 2 * 0.5 * (16 / 4) * 64 * 2, "a quarter of the positions each"
+    slow = dataclasses.replace(H100, inside=1.0)
+    waited = expected_mfu(config, cp, slow)["exposed_s"] - expected_mfu(config, cp, H100)["exposed_s"]
+    assert waited > sent["context_parallel"] * 0.99, "nothing hides it"
 
 
 def test_utilisation_is_that_of_the_kernels_less_recomputation_less_waiting():
@@ -170,5 +237,8 @@ def test_sharding_divides_what_is_held_and_every_plan_fits():
     assert parts["optimizer"] == 2 * parts["weights"]
     for name, (shape, plan) in PLANS.items():
         assert sum(memory(shape, plan).values()) < 0.9 * H100.memory_bytes, name
-        assert plan.gpus % (plan.tensor_parallel * H100.gpus_per_node) in (0, plan.gpus % H100.gpus_per_node)
+        assert plan.gpus % (plan.tensor_parallel * plan.context_parallel * H100.gpus_per_node) in (
+            0,
+            plan.gpus % H100.gpus_per_node,
+        )
         assert name in plan_table()

@@ -345,9 +345,9 @@ def test_a_shape_that_cannot_be_dealt_out_is_refused_with_its_numbers() -> None:
 
 def test_ranks_that_are_no_whole_groups_are_refused() -> None:
     """Six ranks are three groups of two, and no number of groups of four."""
-    distributed.check_layout(2, 6)
+    distributed.check_layout(TP, 6)
     with pytest.raises(ConfigError, match="tensor_parallel = 4 does not divide the 6 ranks"):
-        distributed.check_layout(4, 6)
+        distributed.check_layout(dataclasses.replace(PLAIN, tensor_parallel=4), 6)
     with pytest.raises(ConfigError, match="tensor_parallel = 0"):
         RunSettings(tensor_parallel=0)
 

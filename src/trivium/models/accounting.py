@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trivium.models.config import ModelConfig
 
 FP32_BYTES = 4
@@ -64,14 +66,15 @@ def training_flops(config: ModelConfig, context: int, *, checkpointing: bool = F
 
 
 def layer_activations(
-    config: ModelConfig, context: int, *, precision: str = "fp32", packed: bool = True, split: int = 1
+    config: ModelConfig, context: int, *, precision: str = "fp32", packed: bool = True, split: int = 1, parts: int = 1
 ) -> dict[str, float]:
     """Return the bytes per token that one layer keeps for its backward pass, by what they are.
 
     `precision` is `fp32` or `bf16` (autocast over fp32: the residual stream and the norms stay fp32, every matrix
     product keeps a bf16 copy of its input). `packed`: rows of several documents, whose mask the attention kernel of a
     CPU keeps as numbers, a row of it per token. `split` is the number of ranks of tensor parallelism, which share what
-    lies inside attention and MLP; the norms and their outputs every rank holds whole.
+    lies inside attention and MLP; the norms and their outputs every rank holds whole. `parts` is the number of ranks of
+    context parallelism: for each token that a rank has it keeps the keys and values of as many.
     """
     width, heads, small = config.hidden_size, config.num_attention_heads, _element_bytes(precision)
     queries, keys = _attention_widths(config)
@@ -83,7 +86,7 @@ def layer_activations(
         "norms": 2 * (2 * width + 1) * FP32_BYTES,
         "projection_inputs": copies * width * small,
         "qk_norms": qk_norms / split,
-        "attention": ((2 * queries + 2 * keys) * small + heads * FP32_BYTES) / split,
+        "attention": ((2 * queries + 2 * keys * parts) * small + heads * FP32_BYTES) / split,
         "mask": context * small if packed else 0,
         "mlp": 4 * config.intermediate_size * small / split,
     }
@@ -98,34 +101,66 @@ def activation_bytes(
     packed: bool = True,
     checkpointing: bool = False,
     split: int = 1,
+    parts: int = 1,
 ) -> float:
     """Return the bytes kept for the backward pass of one micro-batch, without the logits and the copies of weights.
 
-    With `checkpointing` a layer keeps its input alone; `recomputed_bytes` then come and go, one layer at a time.
+    With `checkpointing` a layer keeps its input alone; `recomputed_bytes` then come and go, one layer at a time. Of
+    rows shared by `parts` ranks each has its own tokens, but the ids of all.
     """
-    whole = sum(layer_activations(config, context, precision=precision, packed=packed, split=split).values())
+    kind: dict[str, Any] = {"precision": precision, "packed": packed, "split": split, "parts": parts}
+    whole = sum(layer_activations(config, context, **kind).values())
     kept = config.hidden_size * FP32_BYTES if checkpointing else whole
     per_token = config.num_hidden_layers * kept
     final = (2 * config.hidden_size + 1) * FP32_BYTES + config.hidden_size * _element_bytes(precision)
     rotary = config.head_size * FP32_BYTES / (1 if packed else rows)
-    ids = 8 + (context if packed else 0)  # the token ids, and the mask as booleans
-    return rows * context * (per_token + final + rotary + ids)
+    ids = 8 * parts + (context if packed else 0)  # the token ids, and the mask as booleans
+    return rows * context / parts * (per_token + final + rotary + ids)
 
 
 def recomputed_bytes(
-    config: ModelConfig, rows: int, context: int, *, precision: str = "fp32", packed: bool = True, split: int = 1
+    config: ModelConfig,
+    rows: int,
+    context: int,
+    *,
+    precision: str = "fp32",
+    packed: bool = True,
+    split: int = 1,
+    parts: int = 1,
 ) -> float:
     """Return the bytes of one layer while it is computed again and differentiated, under activation checkpointing.
 
-    All that it keeps, the gradient of the residual stream, and those of gate and up, which exist together.
+    All that it keeps, the gradient of the residual stream, and those of gate and up, which exist together; or, if that
+    is more, `sharing_bytes` when the MLP is over and what it kept is free.
     """
-    whole = sum(layer_activations(config, context, precision=precision, packed=packed, split=split).values())
-    gradients = config.hidden_size * FP32_BYTES + 2 * config.intermediate_size * _element_bytes(precision) / split
-    return rows * context * (whole + gradients)
+    kept = layer_activations(config, context, precision=precision, packed=packed, split=split, parts=parts)
+    gate_and_up = 2 * config.intermediate_size * _element_bytes(precision) / split
+    sharing = sharing_bytes(config, precision, split=split, parts=parts) - kept["mlp"]
+    return rows * context / parts * (sum(kept.values()) + config.hidden_size * FP32_BYTES + max(gate_and_up, sharing))
+
+
+def sharing_bytes(config: ModelConfig, precision: str, *, split: int = 1, parts: int = 1) -> float:
+    """Return the bytes per token that a rank has, of the gradients of all tokens' keys and values on their way.
+
+    Nothing where rows are whole. As they come from attention and, for the sum over ranks, in fp32; then the sum.
+    """
+    if parts == 1:
+        return 0.0
+    keys = 2 * _attention_widths(config)[1] / split
+    return keys * (parts * (_element_bytes(precision) + FP32_BYTES) + FP32_BYTES)
+
+
+def joined_bytes(config: ModelConfig, rows: int, context: int) -> float:
+    """Return the bytes of whole rows' last hidden states while they are joined of parts.
+
+    As they come from all ranks, one rank after the other, and in the order of the row; on the way back their gradient
+    likewise.
+    """
+    return 3 * rows * context * config.hidden_size * FP32_BYTES
 
 
 def logits_bytes(
-    config: ModelConfig, rows: int, context: int, *, chunk: int = 0, precision: str = "fp32", split: int = 1
+    config: ModelConfig, rows: int, context: float, *, chunk: int = 0, precision: str = "fp32", split: int = 1
 ) -> float:
     """Return the bytes of the logits and their loss at the peak; `chunk` positions of the micro-batch at once (0: all).
 

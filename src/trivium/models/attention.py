@@ -7,6 +7,7 @@
 | everything before (also one new position)  | causal, cudnn to train   | causal        | causal    |
 | packed documents, with a window or without | varlen, else flex        | flex          | mask      |
 | a window, no documents                     | flex                     | flex          | mask      |
+| a part of each row (`part.py`)             | flex                     | flex          | mask      |
 | padded rows; several new positions after a cache; short rows; odd head sizes | mask | mask | mask |
 
 `causal` and `mask` are torch's `scaled_dot_product_attention`, which has fast kernels of its own for the first and
@@ -34,6 +35,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from trivium.models.part import Part, at
+
 BLOCK = 128
 """FlexAttention's block in positions; a shorter row has no block to leave out."""
 
@@ -45,7 +48,8 @@ class Seen:
     """Who sees whom in one forward pass, in the form that `kernel` takes; made by `who_sees_whom`.
 
     `mask`: bool [B or 1, 1, T, past + T]. `blocks`: FlexAttention's. `starts`: int32 [documents + 1], where each
-    document begins in the rows laid end to end, and the end. None where the kernel does not take it.
+    document begins in the rows laid end to end, and the end. None where the kernel does not take it. `part`: which
+    positions of each row the queries are, None for all; keys and values are of all positions in its order.
     """
 
     kernel: str
@@ -53,6 +57,7 @@ class Seen:
     mask: Tensor | None = None
     blocks: BlockMask | None = None
     starts: Tensor | None = None
+    part: Part | None = None
 
 
 def choose_kernel(
@@ -66,22 +71,24 @@ def choose_kernel(
     window: bool,
     head_dim: int,
     varlen: bool,
+    part: bool = False,
     cudnn: bool = False,
 ) -> str:
     """Return the kernel for `length` new positions that look at `total`, a pure function of what it is given.
 
     `device` is its type ("cpu", "cuda"), `dtype` that of queries and keys (as autocast lowers it), `window` whether
-    there is one shorter than the row, `varlen` whether torch and the card have variable-length attention, `cudnn`
-    whether cuDNN's is the faster one for what is computed.
+    there is one shorter than the row, `varlen` whether torch and the card have variable-length attention, `part`
+    whether the new positions are some of a row's, not its last ones, `cudnn` whether cuDNN's is the faster one for what
+    is computed.
     """
-    plain = not (documents or padded or window)
+    plain = not (documents or padded or window or part)
     is_half = dtype in (torch.bfloat16, torch.float16)
     if plain and length in (1, total):
         fits = is_half and length == total and length % BLOCK == 0 and head_dim % 8 == 0 and head_dim <= 128
         return "cudnn" if cudnn and fits else "causal"
-    if device != "cuda" or padded or length != total or length < BLOCK:
+    if device != "cuda" or padded or (length != total and not part) or length < BLOCK:
         return "mask"
-    if documents and varlen and is_half and head_dim % 8 == 0 and head_dim <= 256:
+    if documents and varlen and not part and is_half and head_dim % 8 == 0 and head_dim <= 256:
         return "varlen"
     # Triton's tiles are powers of two of at least 16.
     return "flex" if head_dim in (16, 32, 64, 128, 256) else "mask"
@@ -110,11 +117,13 @@ def who_sees_whom(
     head_dim: int = 64,
     document_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    part: Part | None = None,
 ) -> Seen:
     """Return what `attend` needs to know, once for all layers with the same window.
 
     `past` positions stand in the cache, `length` are new. `document_ids`: int64 [B, T]; the tokens of a document
-    stand together. `attention_mask`: [B, past + T], false at padding. Raises ValueError for documents with a cache.
+    stand together. `attention_mask`: [B, past + T], false at padding. `part`: which of the `length` positions
+    are computed, where it is not all of them. Raises ValueError for documents with a cache.
     """
     total = past + length
     window = None if window is None or window >= total else window
@@ -127,13 +136,14 @@ def who_sees_whom(
         else choose_kernel(
             device.type,
             dtype,
-            length,
-            total,
+            length if part is None else len(part.queries),
+            total if part is None else len(part.keys),
             documents=documents,
             padded=padded,
             window=window is not None,
             head_dim=head_dim,
             varlen=device.type == "cuda" and _has_varlen(device),
+            part=part is not None,
             # Only in training do shapes come again and again.
             cudnn=device.type == "cuda" and torch.is_grad_enabled() and _has_fast_cudnn(device),
         )
@@ -141,11 +151,11 @@ def who_sees_whom(
     if kernel in ("causal", "cudnn"):
         return Seen(kernel)
     if kernel == "flex":
-        return Seen(kernel, window, blocks=_block_mask(length, device, window, document_ids))
+        return Seen(kernel, window, blocks=_block_mask(length, device, window, document_ids, part), part=part)
     if kernel == "varlen":
         return Seen(kernel, window, starts=_document_starts(document_ids, length, device))
-    mask = visibility(length, past, device, window, document_ids=document_ids, attention_mask=attention_mask)
-    return Seen(kernel, window, mask=mask)
+    seen = visibility(length, past, device, window, document_ids=document_ids, attention_mask=attention_mask, part=part)
+    return Seen(kernel, window, mask=seen, part=part)
 
 
 def visibility(
@@ -156,8 +166,9 @@ def visibility(
     *,
     document_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
-    """Return who sees whom, bool [B or 1, 1, length, past + length].
+    """Return who sees whom, bool [B or 1, 1, length, past + length], or [.., Tq, keys] of a `part`.
 
     Worked example, two packed documents a b | c d e: row d is `0 0 1 1 0`. A padded position sees itself, for a
     softmax over nothing is not a number; what it computes is never used.
@@ -165,12 +176,15 @@ def visibility(
     total = past + length
     if length == 1 and window is None and attention_mask is not None:
         return attention_mask.bool()[:, None, None, :]
-    distance = torch.arange(past, total, device=device)[:, None] - torch.arange(total, device=device)
+    queries, keys = torch.arange(past, total, device=device), torch.arange(total, device=device)
+    if part is not None:
+        queries, keys = part.queries, part.keys
+    distance = queries[:, None] - keys
     mask = (distance >= 0)[None]
     if window is not None:
         mask = mask & (distance < window)
     if document_ids is not None:
-        mask = mask & (document_ids[:, :, None] == document_ids[:, None, :])
+        mask = mask & (at(document_ids, queries)[:, :, None] == at(document_ids, keys)[:, None, :])
     if attention_mask is not None:
         mask = (mask & attention_mask.bool()[:, None, :]) | (distance == 0)
     return mask[:, None]
@@ -179,7 +193,8 @@ def visibility(
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """Return what each query gathered from the values it sees, [B, heads, T, head_dim].
 
-    `softmax(q k^T / sqrt(head_dim)) v`; q [B, heads, T, head_dim], k and v [B, kv_heads, past + T, head_dim].
+    `softmax(q k^T / sqrt(head_dim)) v`; q [B, heads, T, head_dim], k and v [B, kv_heads, past + T, head_dim], or, for
+    `seen.part`, q [B, heads, Tq, head_dim] and keys and values as its `gather` lines them up.
     """
     return _KERNELS[seen.kernel](q, k, v, seen)
 
@@ -246,19 +261,30 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Seen], Tensor]] = {
 }
 
 
-def _block_mask(length: int, device: torch.device, window: int | None, document_ids: Tensor | None) -> BlockMask:
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = query >= key
-        if window is not None:
-            seen = seen & (query - key < window)
+def _block_mask(
+    length: int, device: torch.device, window: int | None, document_ids: Tensor | None, part: Part | None
+) -> BlockMask:
+    sizes = (length, length)
+    places_q, places_k, documents_q, documents_k = None, None, document_ids, document_ids
+    if part is not None:
+        sizes = len(part.queries), len(part.keys)
+        places_q, places_k = part.queries, part.keys
         if document_ids is not None:
-            seen = seen & (document_ids[row, query] == document_ids[row, key])
+            documents_q, documents_k = at(document_ids, places_q), at(document_ids, places_k)
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key if places_q is None or places_k is None else places_q[query] - places_k[key]
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if documents_q is not None and documents_k is not None:
+            seen = seen & (documents_q[row, query] == documents_k[row, key])
         return seen
 
     # As written it fills a [B, T, T] table first; compiled it looks at one block at a time.
     make: Callable[..., Any] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     rows = None if document_ids is None else document_ids.shape[0]
-    blocks: BlockMask = make(sees, rows, None, length, length, device=device, BLOCK_SIZE=BLOCK)
+    blocks: BlockMask = make(sees, rows, None, *sizes, device=device, BLOCK_SIZE=BLOCK)
     return blocks
 
 

@@ -177,8 +177,7 @@ class _Batch:
         if self.decoding is not None:
             self.logits = self.decoding.read(tokens, self.positions, start=self.start, visible=self.visible)
             return
-        whole = self.start == 0 and self.visible is None
-        mask = None if whole else self.slots[: self.cache.length + 1] >= self.starts[:, None]
+        mask = None if self.last == 0 else self.slots[: self.cache.length + 1] >= self.starts[:, None]
         hidden = self.model(tokens[:, None], positions=self.positions[:, None], cache=self.cache, attention_mask=mask)
         self.logits = self.model.logits(hidden[:, -1])
 
@@ -200,7 +199,7 @@ class _Batch:
     def _see(self) -> None:
         """Note which slots the rows begin at, and where they differ, who sees which: until rows come or go."""
         first, last = (int(self.starts.min()), int(self.starts.max())) if len(self.starts) else (0, 0)
-        self.start, self.visible = first, None
+        self.start, self.last, self.visible = first, last, None
         if first == last or self.decoding is None:
             return
         seen = (self.slots >= self.starts[:, None])[:, None, None]

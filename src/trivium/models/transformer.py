@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trivium.models.attention import Seen, attend, who_sees_whom
 from trivium.models.config import ModelConfig
+from trivium.models.part import PartOf
 from trivium.models.rope import attention_factor, inverse_frequencies
 
 
@@ -145,6 +146,8 @@ class Attention(nn.Module):
         q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        if seen.part is not None:
+            k, v = seen.part.gather(2, k, v)
         out: Tensor = self.o_proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
         return out
 
@@ -206,6 +209,8 @@ class Decoder(nn.Module):
         self._inverse_frequencies = {torch.device("cpu"): inverse_frequencies(config)}
         self._attention_factor = attention_factor(config)
         self._compiled = False
+        self.part_of: PartOf | None = None
+        """Where it is set, a pass computes this part of each row's positions, and others compute the rest."""
 
     def compile_layers(self, **options: Any) -> None:
         """Compile each layer for training; in evaluation mode, and with a cache, the layers run as written.
@@ -226,9 +231,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states [B, T, H]; the arguments are those of `Transformer.forward`."""
+        """Return the hidden states [B, T, H], also where the layers compute a part of the positions only.
+
+        The arguments are those of `Transformer.forward`. Raises ValueError for a part with a cache or attention_mask.
+        """
         past = cache.length if cache is not None else 0
         length = input_ids.shape[1]
+        part = None if self.part_of is None else self.part_of(length, input_ids.device)
+        if part is not None and (cache is not None or attention_mask is not None):
+            raise ValueError("A part of each row goes with neither a cache nor an attention_mask: it is for training.")
         if positions is None:
             positions = torch.arange(past, past + length, device=input_ids.device)[None]
         seen = {
@@ -241,11 +252,14 @@ class Decoder(nn.Module):
                 head_dim=self.config.head_size,
                 document_ids=document_ids,
                 attention_mask=attention_mask,
+                part=part,
             )
             for window in dict.fromkeys(self.config.windows)
         }
-        rope = self.rope(positions)
         x = self.embed_tokens(input_ids)
+        if part is not None:
+            x, positions = part.take(x), part.take(positions)
+        rope = self.rope(positions)
         as_written = self._compiled and (cache is not None or not self.training)
         for layer, window in zip(self.layers, self.config.windows, strict=True):
             # `_call_impl` is the layer before `compile`; a stance of torch's would stop FlexAttention's program, too.
@@ -253,7 +267,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += length
         out: Tensor = self.norm(x)
-        return out
+        return out if part is None else part.join(out, length)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of every position's angles, each float32 [B, T, 1, head_dim / 2]."""

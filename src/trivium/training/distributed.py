@@ -44,6 +44,7 @@ class _Group:
     store: Any = None
     decisions: int = 0
     tensor: int = 1
+    context: int = 1
 
 
 def setup(settings: RunSettings) -> None:
@@ -60,8 +61,9 @@ def setup(settings: RunSettings) -> None:
             cores = _cores_allowed()
         cores = max(1, cores // ranks.local_size)
     torch.set_num_threads(settings.threads or cores)
-    _Group.tensor = settings.tensor_parallel if ranks.size > 1 else 1
-    if ranks.size == 1 or dist.is_initialized():
+    alone = ranks.size == 1
+    _Group.tensor, _Group.context = (1, 1) if alone else (settings.tensor_parallel, settings.context_parallel)
+    if alone or dist.is_initialized():
         return
     timeout = timedelta(seconds=settings.rank_timeout_s)
     backend = "gloo"
@@ -92,7 +94,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
         return
     rank = world()[0]
     try:
-        check_layout(settings.tensor_parallel, world()[1])
+        check_layout(settings, world()[1])
         yield
         _let_rank_0_go_last()
     except BaseException as error:
@@ -127,7 +129,7 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    _Group.store, _Group.tensor = None, 1
+    _Group.store, _Group.tensor, _Group.context = None, 1, 1
 
 
 def decide(compute: Callable[[], T]) -> T:
@@ -288,47 +290,56 @@ def world() -> tuple[int, int]:
 
 
 def tensor_ranks() -> int:
-    """Return how many ranks have one copy of the layers between them, and so the same rows; 1 without a group."""
+    """Return how many ranks have one copy of the layers between them; 1 without a group."""
     return _Group.tensor
+
+
+def context_ranks() -> int:
+    """Return how many ranks have the positions of each row between them; 1 without a group."""
+    return _Group.context
+
+
+def row_ranks() -> int:
+    """Return how many ranks work on the same rows, whether they share matrices or positions; 1 without a group."""
+    return _Group.tensor * _Group.context
 
 
 def data_ranks() -> tuple[int, int]:
     """Return (rank, size) among those that train on different rows: what a loader shares them by.
 
-    The ranks of a tensor group, which are neighbours, have one number. Worked: of ranks 0 1 2 3 with
-    `tensor_parallel = 2`, 0 and 1 are (0, 2), 2 and 3 are (1, 2).
+    The ranks that work on the same rows, which are neighbours, have one number. Worked: of ranks 0 1 2 3 with
+    `tensor_parallel = 2` or `context_parallel = 2`, 0 and 1 are (0, 2), 2 and 3 are (1, 2).
     """
     rank, size = world()
-    return rank // _Group.tensor, size // _Group.tensor
+    return rank // row_ranks(), size // row_ranks()
 
 
-def check_layout(tensor: int, size: int) -> None:
-    """Raise ConfigError when `size` ranks are not whole groups of `tensor`."""
-    if size % tensor:
-        raise ConfigError(
-            f"tensor_parallel = {tensor} does not divide the {size} ranks; start a multiple of it, or set it to 1"
-        )
+def check_layout(settings: RunSettings, size: int) -> None:
+    """Raise ConfigError when `size` ranks are not whole groups that work on the same rows."""
+    group = settings.tensor_parallel * settings.context_parallel
+    if size % group:
+        shared = {"tensor_parallel": settings.tensor_parallel, "context_parallel": settings.context_parallel}
+        named = " times ".join(f"{name} = {number}" for name, number in shared.items() if number > 1)
+        raise ConfigError(f"{named} does not divide the {size} ranks; start a multiple of {group}, or lower it")
 
 
 def check_shares(**sizes: int) -> None:
-    """Raise ConfigError when a named batch has fewer rows than there are ranks (or tensor groups) to share it."""
+    """Raise ConfigError when a named batch has fewer rows than there are ranks (or groups of them) to share it."""
     shares = data_ranks()[1]
     for name, size in sizes.items():
         if size < shares:
-            who = "ranks" if _Group.tensor == 1 else f"groups of {_Group.tensor} ranks"
+            who = "ranks" if row_ranks() == 1 else f"groups of {row_ranks()} ranks"
             raise ConfigError(f"{name} = {size} rows cannot be shared by {shares} {who}; raise it, or use fewer ranks")
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Return the sum of `value` over the ranks with different rows (itself when there is one).
+    """Return the sum of `value` over the groups with different rows (itself when there is one).
 
-    The ranks of a tensor group have the same value. All are summed nevertheless, and the sum divided: so every rank has
-    the same figure to the bit, and all decide alike by it.
+    What a group has is its ranks' mean: all have the same, or each its own positions' times their number. All ranks are
+    summed, and the sum divided: so every rank has the same figure to the bit, and all decide alike by it.
     """
-    total = _reduced(value, dist.ReduceOp.SUM)
-    if _Group.tensor == 1:
-        return total
-    return total / _Group.tensor if total.is_floating_point() else total // _Group.tensor
+    total, group = _reduced(value, dist.ReduceOp.SUM), row_ranks()
+    return total / group if total.is_floating_point() else total // group
 
 
 def all_reduce_max(value: int) -> int:
@@ -369,7 +380,7 @@ def over_ranks(count: int, compute: Callable[[list[int]], Tensor], *, group: int
     """Return `compute(range(count))` [count, ...], the work split over ranks by whole groups of `group` neighbours.
 
     `compute` goes from row numbers to a tensor with a row for each, whose other dimensions are equal on all ranks.
-    For work outside of a step, where each rank has whole weights: the ranks of a tensor group do different rows, too.
+    For work outside of a step, where each rank has whole weights: ranks that share rows in a step do different ones.
     """
     rank, size = world()
     if size == 1:

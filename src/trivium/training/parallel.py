@@ -1,7 +1,9 @@
 """One model on many ranks: gradients are summed over them, weights replicated (DDP) or sharded (FSDP2).
 
 With `tensor_parallel` the ranks lie on a grid: those of a tensor group work on the same rows, each with its part of the
-matrices (`tensor_parallel.py`), and what is said above goes for the other direction, from group to group.
+matrices (`tensor_parallel.py`), and what is said above goes for the other direction, from group to group. With
+`context_parallel` neighbours work on the same rows, too, each on its part of the positions (`context_parallel.py`);
+every one of them has whole gradients to add, so that nothing changes for what is said above.
 
 `spread` is called before the optimizer is made, because sharding replaces the parameters. Outside of a training step
 a sharded model is used through `whole`, which puts the full weights in their place for a while: evaluation, sampling
@@ -27,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trivium.batches import LossOutput
 from trivium.config import RunSettings
-from trivium.training.distributed import compute_dtype, data_ranks, tensor_ranks, world
-from trivium.training.tensor_parallel import check_network, settle_gradients, split_layers
+from trivium.training import context_parallel, tensor_parallel
+from trivium.training.distributed import compute_dtype, context_ranks, tensor_ranks, world
 
 B = TypeVar("B")
 
@@ -39,15 +41,26 @@ class Spread(Generic[B]):
     Every rank must call it equally often where `lockstep`: a sharded forward pass is a collective.
     """
 
-    def __init__(self, loss: nn.Module, *, lockstep: bool, tensor_mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        *,
+        lockstep: bool,
+        rows: context_parallel.SharedRows | None = None,
+        tensor_mesh: DeviceMesh | None = None,
+    ) -> None:
         """Hold the wrapped module, whose forward pass goes from a micro-batch to (total, metrics)."""
         self._loss = loss
+        self._rows = rows
         self._tensor_mesh = tensor_mesh
         self.lockstep = lockstep
 
     def __call__(self, batch: B) -> LossOutput:
-        """Return the summed loss of a micro-batch, as the objective does."""
-        total, metrics = self._loss(batch)
+        """Return the summed loss of a micro-batch, as the objective does.
+
+        Of rows that several ranks share, a rank's figure may be another than its neighbour's: their mean is the loss.
+        """
+        total, metrics = self._loss(batch) if self._rows is None else self._rows.loss(self._loss, batch)
         return LossOutput(total=total, metrics=metrics)
 
     @contextlib.contextmanager
@@ -62,7 +75,7 @@ class Spread(Generic[B]):
                     module.set_requires_gradient_sync(last, recurse=False)
             yield
             if last and self._tensor_mesh is not None:
-                settle_gradients(list(self._loss.parameters()), self._tensor_mesh)
+                tensor_parallel.settle_gradients(list(self._loss.parameters()), self._tensor_mesh)
 
 
 class _Loss(nn.Module):
@@ -85,17 +98,20 @@ def spread(model: nn.Module, objective: Callable[[B], LossOutput], settings: Run
         checkpoint_layers(model)
     if world()[1] == 1:
         return objective
-    loss = _Loss(model, objective)
+    loss, rows = _Loss(model, objective), None
+    device = next(loss.parameters()).device.type
+    if context_ranks() > 1:
+        context_parallel.check_network(model, context_ranks())
+        rows = context_parallel.SharedRows(device)
     if tensor_ranks() > 1:
-        return Spread[B](loss, lockstep=True, tensor_mesh=_lay_on_grid(loss, settings))
+        return Spread[B](loss, lockstep=True, rows=rows, tensor_mesh=_lay_on_grid(loss, settings))
     if settings.parallel == "fsdp":
-        device = next(loss.parameters()).device.type
         _shard(loss, settings, init_device_mesh(device, (world()[1],)))
-        return Spread[B](loss, lockstep=True)
+        return Spread[B](loss, lockstep=True, rows=rows)
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True)
     # A lambda, because DDP compares a hook's annotations, which here are strings, with its types.
     wrapped.register_comm_hook(None, lambda _, bucket: _sum(bucket))
-    return Spread[B](wrapped, lockstep=False)
+    return Spread[B](wrapped, lockstep=False, rows=rows)
 
 
 def _sum(bucket: Any) -> torch.futures.Future[Tensor]:
@@ -136,15 +152,16 @@ def _lay_on_grid(loss: _Loss, settings: RunSettings) -> DeviceMesh:
 
     The ranks of a group are neighbours, so that they are on one machine where its GPUs divide by their number.
     """
-    groups, tensor = data_ranks()[1], tensor_ranks()
-    check_network(loss.model, _layers(loss), tensor)  # before the groups talk to each other for the first time
+    groups, tensor = world()[1] // tensor_ranks(), tensor_ranks()
+    # Before the groups talk to each other for the first time.
+    tensor_parallel.check_network(loss.model, _layers(loss), tensor)
     # Replicas of what is cut are torch's hybrid mesh with one shard: DDP itself knows no DTensors.
     sizes = {"data": groups} if settings.parallel == "fsdp" else {"data": groups, "shards": 1}
     device = next(loss.parameters()).device.type
     mesh = init_device_mesh(device, (*sizes.values(), tensor), mesh_dim_names=(*sizes, "tensor"))
     # It advises to flatten meshes, on every rank, where a tensor is gathered over both directions in turn.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    split_layers(_layers(loss), mesh["tensor"])
+    tensor_parallel.split_layers(_layers(loss), mesh["tensor"])
     if groups > 1:
         _shard(loss, settings, mesh[tuple(sizes)])
     return mesh["tensor"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trivium.batches import LossOutput
-from trivium.training.distributed import all_reduce_max, all_reduce_sum
+from trivium.training.distributed import all_reduce_max, all_reduce_sum, context_ranks
 from trivium.training.optim import Optimizer
 from trivium.training.parallel import Spread
 
@@ -66,6 +66,8 @@ def train_step(
     total = all_reduce_sum(torch.stack([batch.num_items.float() for batch in micro_batches]).sum())
     # A window with nothing to train (every row truncated away) has loss 0 and gradient 0, not 0/0.
     divisor = total.clamp(min=1e-8)
+    # The gradients of all ranks are added up: of those that share a row's positions, each adds its part of them.
+    shared = divisor * context_ranks()
     optimizer.zero_grad()
     # Summed where they are: asking for a number makes a GPU finish before it is given the next micro-batch.
     sums: dict[str, Tensor] = {}
@@ -75,7 +77,7 @@ def train_step(
                 output = objective(batch)
             if not counted:
                 output = LossOutput(total=output.total * 0)
-            (output.total / divisor).backward()  # type: ignore[no-untyped-call]
+            (output.total / shared).backward()  # type: ignore[no-untyped-call]
         for name, value in {"": output.total, **output.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
     grad_norm = float(optimizer.clip())
