@@ -193,6 +193,8 @@ class Sweep:
         }
         variants = {}
         for variant in neighbours(depth, base, width):
+            if options.only and variant.name not in options.only:
+                continue
             other = model_of(variant.shape, options.vocab_size, options.context)
             tokens = flops / other.flops_per_token(options.context)
             optim = {"lr": variant.lr, "weight_decay": base["weight_decay"]}
@@ -283,6 +285,7 @@ def main() -> None:
     options.add_argument("--width-per-layer", type=int, default=HEAD_SIZE, help="of all derived runs; the dial's is 64")
     options.add_argument("--budget-seconds", type=float, default=0, help="for one run; 0: as long as it takes")
     options.add_argument("--threads", type=int, default=0)
+    options.add_argument("--only", nargs="+", default=[], help='neighbours by name, e.g. "lr x2" "layers 4"')
     options.add_argument("--jobs", type=int, default=1, help="runs at once")
     options.add_argument("--device", default="cpu")
     options.add_argument("--compile", choices=("auto", "on", "off"), default="auto")

@@ -343,8 +343,17 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit("no CUDA GPU here; --toy runs the same code at toy size on the CPU")
     results: dict[str, Any] = {
         "device": device_name(device), "torch": torch.__version__, "toy": chosen.toy, "compiled": chosen.compile,
-        "peak_flops": peak_flops(settings), "numerics": numerics(device), "training": [],
+        "peak_flops": peak_flops(settings), "numerics": numerics(device),
+        "training": [], "decode": [], "ppo": [],
     }  # fmt: skip
+    chosen.results.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, figures: dict[str, Any]) -> None:
+        """Write what there is after every figure: a lent GPU is gone when its time is up."""
+        results[part].append(figures)
+        print(table([figures]).splitlines()[-1], flush=True)
+        atomic_write(chosen.results, json.dumps(results, indent=1) + "\n")
+
     print(f"{results['device']}, {results['peak_flops'] / 1e12:.3g} TFLOP/s of bf16 measured")
     print(f"largest relative difference to the CPU: {results['numerics']}")
     with use_kernel(chosen.attention) if chosen.attention else contextlib.nullcontext():
@@ -352,17 +361,16 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
             if "training" not in chosen.parts:
                 break
             if figures := train(size, chosen, dataclasses.replace(settings, precision=precision), optimizer):
-                results["training"].append(figures)
-                print(table([figures]).splitlines()[-1], flush=True)
-    results["decode"] = [decode(size, chosen, settings) for size in sizes if "decode" in chosen.parts]
-    results["ppo"] = [ppo_round(sizes[0], chosen, settings)] if "ppo" in chosen.parts else []
+                keep("training", figures)
+    for size in sizes if "decode" in chosen.parts else ():
+        keep("decode", decode(size, chosen, settings))
+    if "ppo" in chosen.parts:
+        keep("ppo", ppo_round(sizes[0], chosen, settings))
     for row in results["training"]:
         for name, seconds in row.get("profile", {}).items():
             print(f"{row['size']} {row['precision']} {row['optimizer']}: {1000 * seconds:8.2f} ms  {name}")
     for part in chosen.parts:
         print(f"\n{part}\n\n{table(results[part])}")
-    chosen.results.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(chosen.results, json.dumps(results, indent=1) + "\n")
     return results
 
 

@@ -7,6 +7,7 @@ that a small gradient does not outweigh, or its last bit would decide an update,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -147,9 +148,10 @@ TRAINED = (
 CLOCKED = {"train/tokens_per_s", "train/mfu", "train/data_s", "train/checkpoint_s"}
 
 
-def on_ranks(number: int, *arguments: str | Path, **changes: str) -> subprocess.Popen[str]:
+def on_ranks(number: int, *arguments: str | Path, restarts: int = 0, **changes: str) -> subprocess.Popen[str]:
     """Start `trivium run ...` on so many ranks under torchrun and return the launcher's process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    launcher += ["--max-restarts", str(restarts)]
     places = os.pathsep.join([str(ROOT / "src"), str(Path(arguments[1]).parent)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
@@ -297,14 +299,13 @@ def test_shared_rows_every_stage_gives_one_processs_figures(
 ) -> None:
     """All stages by one group of two ranks, by two, and by one group whose ranks are two each, with half the matrices.
 
-    But for DPO's first training accuracy, as above; and a shared trunk, whose matrices tensor_parallel refuses to cut.
+    But for DPO's first training accuracy, as above.
     """
     workspace = untrained(alone, f"context-{ranks}-{more[0] if more else 'ddp'}")
-    tables = [table for table in TRAINED if more[:1] != ("--run.tensor-parallel",) or table != "ppo_variant"]
-    words = ("--run.context-parallel", "2", *more, "--only", *tables)
+    words = ("--run.context-parallel", "2", *more)
     code, _, err = finish(on_ranks(ranks, "run", recipe, "--workspace", workspace, *words), 550)
     assert code == 0, err[-3000:]
-    for table in tables:
+    for table in TRAINED:
         distance, name = furthest(alone, workspace, table, but={("train/accuracy", 1)} if table == "dpo" else set())
         assert distance < 1e-5, f"{table} {name}: {distance}"
 
@@ -353,6 +354,37 @@ def test_a_signal_ends_in_one_whole_checkpoint(alone: Path, recipe: Path) -> Non
     (folder,) = workspace.glob("pretrain/*/")
     assert (folder / "checkpoints" / f"{step:08d}").is_dir() and not list(folder.rglob("*.tmp"))
     assert step < 400
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """Return the process of one rank among the launcher's children, by Linux's list of processes."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process may end while it is looked at
+            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"RANK={rank}" in folder.joinpath("environ").read_text().split("\0"):
+                return int(folder.name)
+    raise AssertionError(f"no rank {rank} under {launcher}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank by Linux's list of processes")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(alone: Path, recipe: Path, killed: int) -> None:
+    """SIGKILL to one of two ranks under `--max-restarts`: all begin anew from the checkpoint, with the same figures."""
+    words = ("--only", "pretrain", "--pretrain.fit.steps", "40", "--pretrain.fit.save-every", "5")
+    calm, workspace = untrained(alone, f"calm-{killed}"), untrained(alone, f"restarted-{killed}")
+    code, _, err = finish(on_ranks(1, "run", recipe, "--workspace", calm, *words))
+    assert code == 0, err[-2000:]
+    process = on_ranks(2, "run", recipe, "--workspace", workspace, *words, restarts=1)
+    deadline = time.monotonic() + 90
+    while not list(workspace.glob("pretrain/*/checkpoints/0*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+    os.kill(rank_of(process.pid, killed), signal.SIGKILL)
+    code, _, err = finish(process, 200)
+    assert code == 0, err[-3000:]
+    assert err.count("pretrain: runs") == 1 and err.count(", resumes (") == 1, err[-3000:]
+    distance, name = furthest(calm, workspace, "pretrain")
+    assert distance < 1e-5, f"{name}: {distance}"
 
 
 @pytest.mark.parametrize(

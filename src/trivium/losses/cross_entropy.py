@@ -243,8 +243,7 @@ def _at_once(logits: Tensor, goal: Tensor, factors: Tensor | None, z_loss: float
 
 @functools.cache
 def _fused() -> Callable[..., Chunk]:
-    # A row to a program: split over several, its maximum and its sum would each read all logits once.
-    return torch.compile(_at_once, options={"split_reductions": False})
+    return torch.compile(_at_once)
 
 
 @functools.cache

@@ -90,6 +90,7 @@ class TwoHeads(nn.Module):
         super().__init__()
         if value.model is not policy.model:
             raise ValueError("the scalar model has a trunk of its own; make it with ScalarModel.beside")
+        self.config = policy.config
         self.policy = policy
         self.value = value
 

@@ -22,8 +22,9 @@ from trivium.models.accounting import (
 )
 from trivium.models.config import ModelConfig
 
-KERNEL_FRACTION = 0.6
-"""Assumed share of a GPU's peak that the layers reach when nothing is waited for; `bench/gpu.py` measures it."""
+KERNEL_FRACTION = 0.55
+"""Assumed share of the data sheet's peak that training reaches when nothing is waited for: an H100 reached 0.47 at 1.3
+billion parameters, and the parts of that step come to 0.57 at the width of 7 billion (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
