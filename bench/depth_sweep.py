@@ -36,7 +36,7 @@ from trivium.models.transformer import Transformer
 from trivium.pipeline import run_recipe
 from trivium.records import RunManifest, atomic_write
 from trivium.stages.pretrain import objective
-from trivium.training.distributed import autocast, precision_name, setup
+from trivium.training.distributed import autocast, device_of, precision_name, setup
 from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.scaling import HEAD_SIZE, TOKENS_PER_PARAMETER, budget_of, shape_of
 from trivium.training.step import train_step
@@ -97,13 +97,15 @@ def neighbours(depth: int, base: dict[str, Any], width: int = 0) -> Iterator[Var
 
 def tokens_per_second(model_config: ModelConfig, context: int, rows: int, settings: RunSettings) -> float:
     """Return the measured training speed of a network, over about five seconds after a warm-up."""
-    model = Transformer(model_config).init_weights(0)
+    device = device_of(settings)
+    model = Transformer(model_config).init_weights(0).to(device)
     optimizer = Optimizer(model, OptimConfig())
-    ids = torch.randint(0, model_config.vocab_size, (rows, context), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model_config.vocab_size, (rows, context), generator=draw).to(device)
     batch = TokenBatch(
         input_ids=ids,
         targets=ids.roll(-1, 1),
-        positions=torch.arange(context).expand(rows, context),
+        positions=torch.arange(context, device=device).expand(rows, context),
         document_ids=torch.zeros_like(ids),
     )
     began, steps = 0.0, -1
@@ -188,6 +190,9 @@ class Sweep:
         budget = budget_of(model, options.context, rate)
         base = {"depth": depth, **shape_fields(depth, width), **dataclasses.asdict(budget)}
         flops = base["tokens"] * model.flops_per_token(options.context)
+        names = [variant.name for variant in neighbours(depth, base, width)]
+        if unknown := set(options.only) - set(names):
+            raise SystemExit(f"--only {sorted(unknown)}: the neighbours of depth {depth} are {', '.join(names)}")
         runs: dict[str, dict[str, Any]] = {
             f"d{depth}-derived": {"depth": depth, "tokens_per_parameter": rate, **by_hand}
         }

@@ -67,6 +67,7 @@ SIZES = (
     Size(name="350M", layers=24, width=1024, rows=16, accumulate=2),
     Size(name="1.3B", layers=24, width=2048, rows=8, accumulate=4),
 )
+PARTS = ("training", "decode", "ppo")
 TOY = (Size(name="toy", layers=2, width=32, rows=2, accumulate=2),)
 
 
@@ -190,7 +191,7 @@ def train(size: Size, options: argparse.Namespace, settings: RunSettings, optimi
             rows, parts = rows // 2, parts * 2
             torch.cuda.empty_cache()
     speed = rows * parts * options.context / seconds
-    flops = speed * training_flops(config, options.context)
+    flops = speed * training_flops(config, options.documents or options.context)
     sheet = next((peak for name, peak in DATA_SHEET.items() if name in device_name(device)), None)
     figures = {
         "size": size.name,
@@ -314,7 +315,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--toy", action="store_true", help="toy size, on a CPU too, uncompiled")
     options.add_argument("--device", default="auto")
-    options.add_argument("--sizes", nargs="+", default=[size.name for size in SIZES])
+    names = [size.name for size in SIZES]
+    options.add_argument("--sizes", nargs="+", choices=names, default=names)
     options.add_argument("--context", type=int, default=2048)
     options.add_argument("--vocab-size", type=int, default=50_304)
     options.add_argument("--optimizers", nargs="+", choices=("muon", "adamw"), default=["muon", "adamw"])
@@ -323,7 +325,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         "--documents", type=int, default=0, help="tokens of a document packed into rows; 0: plain rows"
     )
     options.add_argument("--attention", default="", help="the kernel of all attention in training, whatever is chosen")
-    options.add_argument("--parts", nargs="+", default=["training", "decode", "ppo"], help="what to measure")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--prompt", type=int, default=128)
     options.add_argument("--new-tokens", type=int, default=128)
@@ -347,6 +349,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         "training": [], "decode": [], "ppo": [],
     }  # fmt: skip
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(chosen.results, json.dumps(results, indent=1) + "\n")
 
     def keep(part: str, figures: dict[str, Any]) -> None:
         """Write what there is after every figure: a lent GPU is gone when its time is up."""
@@ -369,7 +372,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     for row in results["training"]:
         for name, seconds in row.get("profile", {}).items():
             print(f"{row['size']} {row['precision']} {row['optimizer']}: {1000 * seconds:8.2f} ms  {name}")
-    for part in chosen.parts:
+    for part in filter(results.get, PARTS):
         print(f"\n{part}\n\n{table(results[part])}")
     return results
 

@@ -54,6 +54,7 @@ from trivium.runs.manifest import (
 )
 from trivium.runs.registry import latest_runs, resolve
 from trivium.runs.workspace import damage, locked
+from trivium.training import float8
 from trivium.training.distributed import decide, joined, precision_name, world
 from trivium.training.stopping import heed, stoppable
 
@@ -122,10 +123,10 @@ def run_recipe(
     """
     workspace = (workspace or Path("runs") / recipe.settings.name).resolve()
     with joined(recipe.settings):
-        unknown = set(only) - {spec.table for spec in recipe.stages}
-        if unknown:
-            name = sorted(unknown)[0]
+        if unknown := set(only) - {spec.table for spec in recipe.stages}:
+            name = min(unknown)
             raise ConfigError(f"{recipe.path} has no table [{name}]{suggest(name, [s.table for s in recipe.stages])}")
+        float8.check(recipe.settings)
         validated = configs(recipe, overrides)
         done: dict[str, RunManifest] = {}
         _check_references(recipe, validated, workspace, only)
@@ -230,8 +231,7 @@ def _check_parents(plan: Plan, workspace: Path, *, checked: Collection[str]) -> 
     for run_id in set(plan.manifest.parents.values()) - set(checked):
         folder = workspace / run_id.rsplit("-", 1)[0] / run_id
         manifest = None if os.sep in run_id else read_manifest(folder)
-        wrong = damage(folder, manifest) if manifest else None
-        if wrong:
+        if manifest and (wrong := damage(folder, manifest)):
             raise UserError(f"{plan.spec.table} needs {run_id}, but {wrong}; `trivium run` makes that run again")
 
 

@@ -308,6 +308,67 @@ def test_the_form_for_compilers_is_the_one_in_place(z_loss, weighted, compiled):
     assert [len(part) for part in module._at_once(logits, goal, factors, z_loss, False, False)] == [5, 0, 0]
 
 
+class OnGpu:
+    """What `_chosen` looks at of logits that lie on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, positions):
+        self.positions = positions
+
+    def __len__(self):
+        return self.positions
+
+
+def test_a_gpu_gets_the_compiled_form_for_a_few_kinds_of_calls(monkeypatch):
+    """Beyond what torch makes programs for, and where there is no compiler, the form in place is the smaller one."""
+    monkeypatch.setattr(module, "_compiled", set())
+    monkeypatch.setattr(module, "_can_fuse", lambda device: True)
+    monkeypatch.setattr(module, "_fused", lambda: "compiled")
+    assert [module._chosen(OnGpu(5), (kind,)) for kind in range(module.KINDS)] == ["compiled"] * module.KINDS
+    assert module._chosen(OnGpu(5), ("one more",)) is module._in_place
+    assert module._chosen(OnGpu(7), (0,)) == "compiled"
+    assert module._chosen(OnGpu(1), (0,)) is module._in_place
+    monkeypatch.setattr(module, "_can_fuse", lambda device: False)
+    assert module._chosen(OnGpu(5), (0,)) is module._in_place
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "triton", "compiler", "headers", "a GPU that triton knows"])
+def test_what_compiling_for_a_gpu_needs(monkeypatch, tmp_path, lacking):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if lacking == "triton" else "found")
+    monkeypatch.setattr(module.shutil, "which", lambda name: None if lacking == "compiler" else name)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(
+        module.sysconfig, "get_path", lambda name: str(tmp_path / "x" if lacking == "headers" else tmp_path)
+    )
+    capability = (6, 1) if lacking == "a GPU that triton knows" else (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    module._can_fuse.cache_clear()
+    assert module._can_fuse(torch.device("cuda")) is (lacking == "nothing")
+    module._can_fuse.cache_clear()
+
+
+def test_the_programs_of_a_few_kinds_stay_below_what_torch_allows():
+    """Lengths that change, with the compiler's first half alone: one program a kind, and one more for the first."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(module._at_once, backend="eager")
+    draw = torch.Generator().manual_seed(0)
+    kinds = [(33, 0.0, True, False), (33, 0.0, False, False), (33, 0.0, False, True), (33, 0.1, True, False)]
+    kinds += [(50, 0.0, True, False), (50, 0.0, False, True)]
+    assert len(kinds) == module.KINDS
+    for vocab, z_loss, wanted, spread in kinds:
+        for positions in (8, 5, 6):
+            logits = torch.randn(positions, vocab, generator=draw)
+            goal = torch.randint(0, vocab, (positions, 1), generator=draw)
+            compiled(logits, goal, None, z_loss, wanted, spread)
+    assert counters["stats"]["unique_graphs"] <= torch._dynamo.config.recompile_limit
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_chunks_give_what_the_cpu_gives_at_once(dtype):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from trivium.batches import TokenBatch, to_device
-from trivium.config import ConfigError, RunSettings
+from trivium.config import ConfigError, Recipe, RunSettings, StageSpec
 from trivium.models.lora import LoraConfig, adapt, adapters_of
+from trivium.pipeline import run_recipe
 from trivium.stages.pretrain import objective
 from trivium.training import float8
 from trivium.training.distributed import autocast, precision_name
@@ -94,10 +95,19 @@ def test_what_is_lacking_is_said_in_one_sentence(monkeypatch):
         lower_products(tiny_model(), FP8)
 
 
+def test_a_recipe_is_refused_before_any_of_its_work(tmp_path):
+    first = StageSpec(table="data_prep", stage="data_prep", values={"sources": ["trivium.data.microworld:documents"]})
+    recipe = Recipe(path=tmp_path / "r.toml", base=tmp_path, settings=FP8, stages=(first,))
+    with pytest.raises(ConfigError, match="precision = 'fp8': it is for GPUs"):
+        run_recipe(recipe, workspace=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_run_in_fp8_is_another_run_than_one_in_bf16():
     assert precision_name(FP8) == "fp8"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_the_gpu_it_is_what_it_is_emulated_to_be(compiled):

@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ CHUNK_BYTES_CPU = 8 * 2**20
 """Above that, so many at a time: enough that adding up the weight's gradient costs little (docs/LOG.md)."""
 CHUNK_BYTES = 2**30
 """The same on an accelerator, where adding up the weight's gradient reads and writes all of it once a chunk."""
+KINDS = 6
+"""Kinds of calls that are compiled on a GPU."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
@@ -179,7 +183,7 @@ def _walk(
     for_hidden = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
     for_weight = torch.zeros(weight.shape if wanted and learns else 0, device=weight.device)
     room = torch.empty(min(chunk, len(targets)), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-    work = _fused() if hidden.is_cuda and _can_fuse() else _in_place
+    kind = (weight.shape[0], hidden.dtype, z_loss, factors is None, wanted, len(entropies) > 0)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
@@ -187,6 +191,7 @@ def _walk(
             # In place: one block of memory serves all chunks. A fresh one costs a page fault per 4 kB, each time.
             scores = torch.mm(hidden[part], weight.T, out=room[: len(goal)])
             given = None if factors is None else factors[part, None]
+            work = _chosen(scores, kind)
             losses[part], spreads, slope = work(scores, goal, given, z_loss, wanted, len(entropies) > 0)
             if len(entropies):
                 entropies[part] = spreads
@@ -241,13 +246,33 @@ def _at_once(logits: Tensor, goal: Tensor, factors: Tensor | None, z_loss: float
     return losses, entropies, slope
 
 
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _chosen(logits: Tensor, kind: tuple[object, ...]) -> Callable[..., Chunk]:
+    """Return the compiled form on a GPU where it can be had, for the first few kinds of call; else the one in place.
+
+    torch makes a program for each kind and one more for changing lengths, eight at most, and then would run the
+    compiler's form as written, which takes several times the memory of the one in place. One position alone would be
+    a kind of its own.
+    """
+    if not logits.is_cuda or len(logits) < 2 or not _can_fuse(logits.device):
+        return _in_place
+    if kind not in _compiled and len(_compiled) >= KINDS:
+        return _in_place
+    _compiled.add(kind)
+    return _fused()
+
+
 @functools.cache
 def _fused() -> Callable[..., Chunk]:
     return torch.compile(_at_once)
 
 
 @functools.cache
-def _can_fuse() -> bool:
-    """Tell whether torch can compile for the GPU here: it needs triton, and that a C compiler."""
+def _can_fuse(device: torch.device) -> bool:
+    """Tell whether torch can compile for this GPU here: that takes triton, a C compiler and Python's headers."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
-    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()

@@ -118,12 +118,14 @@ def who_sees_whom(
     document_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     part: Part | None = None,
+    steady: bool = False,
 ) -> Seen:
     """Return what `attend` needs to know, once for all layers with the same window.
 
     `past` positions stand in the cache, `length` are new. `document_ids`: int64 [B, T]; the tokens of a document
     stand together. `attention_mask`: [B, past + T], false at padding. `part`: which of the `length` positions
-    are computed, where it is not all of them. Raises ValueError for documents with a cache.
+    are computed, where it is not all of them. `steady`: the same shapes come again and again, and nothing is compared
+    with what another kernel gives. Raises ValueError for documents with a cache.
     """
     total = past + length
     window = None if window is None or window >= total else window
@@ -144,8 +146,7 @@ def who_sees_whom(
             head_dim=head_dim,
             varlen=device.type == "cuda" and _has_varlen(device),
             part=part is not None,
-            # Only in training do shapes come again and again.
-            cudnn=device.type == "cuda" and torch.is_grad_enabled() and _has_fast_cudnn(device),
+            cudnn=steady and device.type == "cuda" and _has_fast_cudnn(device),
         )
     )
     if kernel in ("causal", "cudnn"):
@@ -205,7 +206,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    # The others in case that cuDNN has no plan for this shape.
+    # The others for what torch knows that cuDNN does not take.
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         return _causal(q, k, v, seen)

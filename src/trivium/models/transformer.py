@@ -253,6 +253,8 @@ class Decoder(nn.Module):
                 document_ids=document_ids,
                 attention_mask=attention_mask,
                 part=part,
+                # Not in PPO and DPO, which compare what they train with passes without gradients.
+                steady=self._compiled and self.training and torch.is_grad_enabled(),
             )
             for window in dict.fromkeys(self.config.windows)
         }

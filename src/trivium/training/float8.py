@@ -27,6 +27,13 @@ HARDWARE = (8, 9)
 """The first compute capability with fp8 products: Ada; Hopper is 9.0."""
 
 
+def check(settings: RunSettings) -> None:
+    """Raise ConfigError where the settings ask for fp8 and the GPU or torchao is lacking, before any work is done."""
+    problem = _lacking(settings) if settings.precision == "fp8" else ""
+    if problem:
+        raise ConfigError(f"precision = 'fp8': {problem}; use 'bf16'")
+
+
 def lower_products(model: Transformer | ScalarModel, settings: RunSettings, *, emulate: bool = False) -> int:
     """Make the layers' products fp8 for training where the settings ask for it; return how many matrices now are.
 
@@ -35,9 +42,8 @@ def lower_products(model: Transformer | ScalarModel, settings: RunSettings, *, e
     """
     if settings.precision != "fp8":
         return 0
-    problem = "" if emulate else _lacking(settings)
-    if problem:
-        raise ConfigError(f"precision = 'fp8': {problem}; use 'bf16'")
+    if not emulate:
+        check(settings)
     from torchao.float8 import Float8LinearConfig
 
     # The products of the backward pass sum over tokens, of which a padded batch has any number.

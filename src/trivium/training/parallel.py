@@ -132,9 +132,9 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 def _computed_again(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # A function, not a `partial`: of that torch's compiler makes no program, and the layer would run as written.
-    def checkpointed(*args: Any) -> Tensor:
+    def checkpointed(*args: Any, **more: Any) -> Tensor:
         # Nothing in a layer is random, so there is no state of generators to keep.
-        out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more)
         return out
 
     return checkpointed

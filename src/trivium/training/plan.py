@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trivium.losses.cross_entropy import CHUNK_BYTES
 from trivium.models.accounting import (
     FP32_BYTES,
     activation_bytes,
@@ -248,20 +249,22 @@ EIGHT_B = ModelConfig(
     num_key_value_heads=8,
     max_position_embeddings=131072,
 )
+CHUNK = CHUNK_BYTES // FP32_BYTES
+"""Logits that the loss has at once on a GPU (losses/cross_entropy.py); divided by the vocabulary, positions."""
 PLANS: Mapping[str, tuple[ModelConfig, Layout]] = {
     "7B, one node": (
         SEVEN_B,
-        Layout(gpus=8, rows=1, context=4096, accumulation=32, loss_chunk=2048, checkpointing=False),
+        Layout(gpus=8, rows=1, context=4096, accumulation=32, loss_chunk=CHUNK // 32000, checkpointing=False),
     ),
-    "7B, eight nodes": (SEVEN_B, Layout(gpus=64, rows=4, context=4096, accumulation=2, loss_chunk=2048)),
-    "70B, 32 nodes, FSDP": (SEVENTY_B, Layout(gpus=256, rows=4, context=4096, loss_chunk=2048)),
+    "7B, eight nodes": (SEVEN_B, Layout(gpus=64, rows=4, context=4096, accumulation=2, loss_chunk=CHUNK // 32000)),
+    "70B, 32 nodes, FSDP": (SEVENTY_B, Layout(gpus=256, rows=4, context=4096, loss_chunk=CHUNK // 32000)),
     "70B, 32 nodes, FSDP and TP 8": (
         SEVENTY_B,
-        Layout(gpus=256, tensor_parallel=8, rows=4, context=4096, accumulation=8, loss_chunk=2048),
+        Layout(gpus=256, tensor_parallel=8, rows=4, context=4096, accumulation=8, loss_chunk=CHUNK // 32000),
     ),
     "8B, long rows, eight nodes, CP 8": (
         EIGHT_B,
-        Layout(gpus=64, context_parallel=8, rows=1, context=131072, loss_chunk=2048),
+        Layout(gpus=64, context_parallel=8, rows=1, context=131072, loss_chunk=CHUNK // 128256),
     ),
 }
 """The plans of docs/scale.md: Llama 2's shapes and Llama 3's smallest, steps of a million tokens or more."""
