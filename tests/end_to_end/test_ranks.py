@@ -240,7 +240,6 @@ def test_every_stage_that_trains_gives_one_processs_figures(alone: Path, recipe:
     assert {run_id for run_id, _ in latest_runs(workspace).items()} == set(latest_runs(alone))
 
 
-@pytest.mark.slow
 def test_sharded_every_stage_gives_one_processs_figures(alone: Path, recipe: Path) -> None:
     """The same with FSDP2, activation checkpointing on."""
     workspace = untrained(alone, "fsdp")

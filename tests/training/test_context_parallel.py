@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -36,9 +35,8 @@ from trivium.training.optim import OptimConfig, Optimizer
 from trivium.training.parallel import spread, whole
 from trivium.training.step import train_step
 
-from .test_ranks import close, open_run
+from .test_ranks import close, launched, open_run
 
-ROOT = Path(__file__).parents[2]
 PLAIN = RunSettings(device="cpu", precision="fp32", threads=1, rank_timeout_s=120)
 CP = dataclasses.replace(PLAIN, context_parallel=2)
 CP_FSDP, CP_AGAIN = dataclasses.replace(CP, parallel="fsdp"), dataclasses.replace(CP, activation_checkpointing=True)
@@ -265,11 +263,8 @@ def with_a_fault(folder: Path) -> dict[str, Any]:
             each[mine] = x
         return tuple(torch.cat(each, dim) for each in parts)
 
-    SharedRows.gather = gather  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(SharedRows, "gather", gather):
         return trained(folder, CP, "windows")
-    finally:
-        SharedRows.gather = right  # type: ignore[method-assign]
 
 
 def refused(settings: RunSettings) -> str:
@@ -337,21 +332,9 @@ class Found:
         self.moved = trained(folder / "moved", PLAIN, "windows")
 
     def _launch(self, size: int) -> dict[str, Any]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = subprocess.run(
-            [*launcher, "-m", "tests.training.test_context_parallel", str(self.folder)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "reduce_scatter_tensor` is deprecated" not in done.stderr
-        return dict(json.loads((self.folder / f"found{size}.json").read_text()))
+        found, said = launched(self.folder, size, "-m", "tests.training.test_context_parallel")
+        assert "reduce_scatter_tensor` is deprecated" not in said
+        return found
 
 
 @pytest.fixture(scope="module")

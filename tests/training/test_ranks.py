@@ -164,6 +164,24 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
+def launched(folder: Path, size: int, *program: str) -> tuple[dict[str, Any], str]:
+    """Start `program folder` on so many ranks under torchrun; return what they found, and what they said."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        [*launcher, *program, str(folder)],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads((folder / f"found{size}.json").read_text())), done.stderr
+
+
 class Found:
     """What each number of ranks found, and the folder in which they did."""
 
@@ -173,19 +191,7 @@ class Found:
         self.by_size = {size: self._launch(size) for size in (2, 4)}
 
     def _launch(self, size: int) -> dict[str, Any]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = subprocess.run(
-            [*launcher, __file__, str(self.folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return dict(json.loads((self.folder / f"found{size}.json").read_text()))
+        return launched(self.folder, size, __file__)[0]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,9 +33,8 @@ from trivium.training.rollout import SampleConfig, sample_over_ranks
 from trivium.training.step import train_step
 from trivium.training.tensor_parallel import check_divides, settle_gradients
 
-from .test_ranks import close, open_run
+from .test_ranks import close, launched, open_run
 
-ROOT = Path(__file__).parents[2]
 PLAIN = RunSettings(device="cpu", precision="fp32", threads=1, rank_timeout_s=120)
 FSDP = dataclasses.replace(PLAIN, parallel="fsdp")
 TP, TP_FSDP = (dataclasses.replace(settings, tensor_parallel=2) for settings in (PLAIN, FSDP))
@@ -222,21 +219,9 @@ class Found:
         self.moved = trained(folder / "moved", PLAIN, "muon")
 
     def _launch(self, size: int) -> dict[str, Any]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        # The launcher's own store, shared with the ranks, has been seen to outlive a crash and hang it.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = subprocess.run(
-            [*launcher, "-m", "tests.training.test_tensor_parallel", str(self.folder)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "suboptimal" not in done.stderr, "torch's advice about meshes is for us, not for who trains"
-        return dict(json.loads((self.folder / f"found{size}.json").read_text()))
+        found, said = launched(self.folder, size, "-m", "tests.training.test_tensor_parallel")
+        assert "suboptimal" not in said, "torch's advice about meshes is for us, not for who trains"
+        return found
 
 
 @pytest.fixture(scope="module")
